@@ -1,0 +1,97 @@
+"""What a run folder tells about itself: for the terminal, and as the model card that lies in it."""
+
+from typing import Any
+
+from ulimi.run import Run
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def summary(run: Run) -> list[tuple[str, str]]:
+    """Give the facts of a run as (name, value) rows."""
+    meta, config = run.meta, run.config
+    data, training = meta["data"], meta.get("training", {})
+    metrics = run.metrics()
+    rows = [
+        ("run", str(run.dir)),
+        ("made by", f"ulimi {meta['ulimi']}" + (f" ({meta['commit']})" if meta.get("commit") else "")),
+        ("created", meta["created"]),
+        ("machine", f"{meta['machine']['cpu']}, {meta['machine']['threads']} threads, {meta['machine']['device']}"),
+        ("network", f"AWD-LSTM, {meta['num_parameters'] / 1e6:.1f}M parameters: embedding {config['embedding_size']}, "
+                    f"{config['num_layers']} layers of {config['hidden_size']}"
+                    + (", tied" if config["tie_weights"] else "")),
+        ("tokenizer", f"{run.tokenizer.kind}, {run.tokenizer.vocab_size} tokens"),
+        ("trained on", _text(data["train"])),
+        ("validated on", _text(data["valid"])),
+    ]  # fmt: skip
+    if meta.get("init_from"):
+        rows.append(("started from", meta["init_from"]))
+    if metrics:
+        best = min(metrics, key=lambda row: row["valid_nll"])
+        rows.append(("training", f"{len(metrics)} epochs in {metrics[-1]['seconds'] / 60:.1f} min, best {best['epoch']}"))
+        rows.append(("curve", curve([row["valid_bits_per_char"] for row in metrics])))
+    rows.append(("state", "finished" if training else "not finished: continue with ulimi train … --resume"))
+    for name, score in meta.get("scores", {}).items():
+        rows.append((f"score, {name}", score_text(score)))
+    return rows
+
+
+def score_text(score: dict[str, Any]) -> str:
+    """Say a score in one line, with what each number is per."""
+    return (
+        f"{score['bits_per_char']:.4f} bits per character, {score['bits_per_byte']:.4f} bits per byte, "
+        f"word perplexity {score['word_perplexity']:.1f}, perplexity per token {score['perplexity']:.2f}"
+    )
+
+
+def curve(values: list[float], width: int = 40) -> str:
+    """Draw values as one line of bars, first and last number beside it."""
+    stride = -(-len(values) // width)
+    shown = values[::stride]
+    low, high = min(values), max(values)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    bars = "".join(BARS[round((value - low) * scale)] for value in shown)
+    return f"{values[0]:.3f} {bars} {values[-1]:.3f} bits per character on validation"
+
+
+def model_card(run: Run) -> str:
+    """Write the README.md of a run folder."""
+    table = "\n".join(f"| {name} | {value} |" for name, value in summary(run))
+    recipe = (run.dir / "recipe.toml").read_text(encoding="utf-8").strip()
+    return f"""---
+library_name: ulimi
+pipeline_tag: text-generation
+---
+
+# {run.dir.resolve().name}
+
+An AWD-LSTM language model (Merity, Keskar & Socher 2017) trained with ulimi.
+
+| | |
+|---|---|
+{table}
+
+![validation and training loss](curve.png)
+
+Bits per character count every code point of the original text and one newline a line.
+
+## Use
+
+```
+ulimi generate -m {run.dir} "…"
+ulimi evaluate FILE -m {run.dir}
+```
+
+## Recipe
+
+```toml
+{recipe}
+```
+
+The text that a model was trained on decides what may be done with its weights: see to it that its licence allows what
+you intend.
+"""
+
+
+def _text(data: dict[str, Any]) -> str:
+    return f"{data['path']}: {data['num_lines']:,} lines, {data['num_words']:,} words, {data['num_tokens']:,} tokens"

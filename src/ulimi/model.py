@@ -1,0 +1,243 @@
+"""The AWD-LSTM of Merity, Keskar & Socher 2017, "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182).
+
+Section numbers are those of the paper. The order of a forward pass:
+
+    tokens -> embedding, whole word types dropped (4.3) -> locked input dropout (4.2)
+    -> LSTM 1 -> locked hidden dropout -> LSTM 2 -> ... -> LSTM L, each with DropConnect on weight_hh (2)
+    -> `raw` -> locked output dropout -> `dropped` -> decoder, tied to the embedding (4.5)
+
+Legend: B streams, T time steps, V vocabulary, E embedding, H hidden, L layers. Batch first.
+
+Layers are single `nn.LSTM`s, so that we decide what stands between them and cuDNN still runs each. The recurrent state
+is a value that goes in and comes out. This module knows nothing of text, files or optimizers. It draws from no global
+random state when it is given a generator.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+LayerState = tuple[Tensor, Tensor]
+"""(h, c) of one layer, each (1, B, H)."""
+
+State = list[LayerState]
+
+
+class Output(NamedTuple):
+    """What a forward pass gives: enough for the loss, for AR and TAR, for the cache, for the next window."""
+
+    logits: Tensor
+    """(B, T, V)"""
+    state: State
+    """to start the next window with, not detached"""
+    raw: Tensor
+    """last layer's output before its dropout, (B, T, E): TAR and the neural cache read it"""
+    dropped: Tensor
+    """the same after dropout: AR and the decoder read it"""
+
+
+def dropout_mask(shape: Sequence[int], p: float, like: Tensor, rng: torch.Generator | None = None) -> Tensor:
+    """Draw an inverted-dropout mask: 0 with probability `p`, else 1 / (1 - p).
+
+    Args:
+        shape: shape of the mask.
+        p: probability of a zero, in [0, 1).
+        like: a tensor whose dtype and device the mask gets.
+        rng: generator on that device; None takes PyTorch's default one.
+
+    Returns:
+        A tensor of `shape`.
+    """
+    if like.device.type != "cpu":
+        return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p, generator=rng).div_(1 - p)
+    # bernoulli_ on a CPU takes 75 ms for a 4600 x 1150 matrix, a tenth of a training step. Four 16-bit numbers from
+    # each 64-bit draw take a thirtieth of that; p is then exact to 2**-16.
+    num = math.prod(shape)
+    bits = torch.empty((num + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=rng).view(torch.int16)
+    keep = bits[:num].view(tuple(shape)) >= round(p * 2**16) - 2**15
+    return keep.to(like.dtype).div_(1 - p)
+
+
+def locked_dropout(x_BTE: Tensor, p: float, training: bool, rng: torch.Generator | None = None) -> Tensor:
+    """Drop the same features at every time step of a stream (variational dropout, sec. 4.2).
+
+    Args:
+        x_BTE: activations, (B, T, E).
+        p: probability of dropping a feature.
+        training: when false, `x_BTE` comes back unchanged.
+        rng: see `dropout_mask`.
+
+    Returns:
+        (B, T, E); survivors are scaled by 1 / (1 - p), so the expectation is unchanged.
+    """
+    if not training or p == 0.0:
+        return x_BTE
+    return x_BTE * dropout_mask((x_BTE.size(0), 1, x_BTE.size(2)), p, x_BTE, rng)
+
+
+def embedding_dropout(
+    tokens_BT: Tensor, weight_VE: Tensor, p: float, training: bool, rng: torch.Generator | None = None
+) -> Tensor:
+    """Look tokens up with whole word types dropped, at all their positions in the batch (sec. 4.3).
+
+    Args:
+        tokens_BT: ids, (B, T).
+        weight_VE: embedding matrix, (V, E).
+        p: probability of dropping a type.
+        training: when false, a plain look-up.
+        rng: see `dropout_mask`.
+
+    Returns:
+        (B, T, E).
+    """
+    x_BTE = F.embedding(tokens_BT, weight_VE)
+    if not training or p == 0.0:
+        return x_BTE
+    mask_V1 = dropout_mask((weight_VE.size(0), 1), p, weight_VE, rng)
+    # Masking what was looked up equals masking the matrix, values and gradients, without a pass over all of V x E.
+    return x_BTE * mask_V1[tokens_BT]
+
+
+class WeightDropLSTM(nn.Module):
+    """One LSTM layer with DropConnect on its recurrent matrix (sec. 2).
+
+    The mask is drawn once a forward pass, so a recurrent connection is absent for a whole window, which is what lets a
+    fused kernel run. The parameter keeps its name and stays a leaf: gradients reach it, and a checkpoint loads into a
+    plain `nn.LSTM`. Both of PyTorch's biases are kept: one merged bias would learn at half the published rate.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, weight_dropout: float) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
+        self.weight_dropout = weight_dropout
+
+    def forward(
+        self, x_BTI: Tensor, state: LayerState | None = None, rng: torch.Generator | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """Map (B, T, I) to (B, T, H), starting from `state` or from zeros."""
+        weight_hh = self.lstm.weight_hh_l0
+        if not self.training or self.weight_dropout == 0.0:
+            out: tuple[Tensor, LayerState] = self.lstm(x_BTI, state)
+            return out
+        dropped_hh = weight_hh * dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
+        with warnings.catch_warnings():
+            # The dropped matrix stands outside cuDNN's flat buffer, and cuDNN says so at each call.
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+            out = functional_call(self.lstm, {"weight_hh_l0": dropped_hh}, (x_BTI, state))
+        return out
+
+
+class _Backbone(nn.Module):
+    """Embedding and layers under the names that Hugging Face models give them."""
+
+    def __init__(self, vocab_size: int, embedding_size: int, sizes: list[tuple[int, int]], weight_dropout: float):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, embedding_size)
+        self.layers = nn.ModuleList(WeightDropLSTM(i, o, weight_dropout) for i, o in sizes)
+
+
+class AWDLSTM(nn.Module):
+    """Language model: ids in, logits of the next id out.
+
+    Args:
+        vocab_size: V.
+        embedding_size: E.
+        hidden_size: H, of every layer, but for a tied last one, which is as wide as the embedding.
+        num_layers: L.
+        tie_weights: use the embedding matrix as the decoder's (sec. 4.5).
+        embedding_dropout: on whole word types.
+        input_dropout: locked, after the embedding.
+        hidden_dropout: locked, between layers (none after the last).
+        output_dropout: locked, after the last layer.
+        weight_dropout: DropConnect on each layer's `weight_hh`.
+        rng: generator of the initial weights; None takes PyTorch's default one.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        embedding_size: int,
+        hidden_size: int,
+        num_layers: int,
+        tie_weights: bool = True,
+        embedding_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        rng: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.embedding_dropout = embedding_dropout
+        self.input_dropout = input_dropout
+        self.hidden_dropout = hidden_dropout
+        self.output_dropout = output_dropout
+        last_size = embedding_size if tie_weights else hidden_size
+        widths = [embedding_size, *[hidden_size] * (num_layers - 1), last_size]
+        self.model = _Backbone(vocab_size, embedding_size, list(zip(widths, widths[1:], strict=False)), weight_dropout)
+        self.lm_head = nn.Linear(last_size, vocab_size)
+        if tie_weights:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights = tie_weights
+        self._initialise(rng)
+
+    def _initialise(self, rng: torch.Generator | None) -> None:
+        """Embedding and decoder U(-0.1, 0.1), decoder bias 0; each layer U(-1/sqrt(H), 1/sqrt(H)), as PyTorch does."""
+        with torch.no_grad():
+            self.model.embed_tokens.weight.uniform_(-0.1, 0.1, generator=rng)
+            if not self.tie_weights:
+                self.lm_head.weight.uniform_(-0.1, 0.1, generator=rng)
+            self.lm_head.bias.zero_()
+            for layer in self.layers:
+                bound = layer.lstm.hidden_size**-0.5
+                for weight in layer.parameters():
+                    weight.uniform_(-bound, bound, generator=rng)
+
+    @property
+    def layers(self) -> list[WeightDropLSTM]:
+        """The layers, first to last."""
+        return list(self.model.layers)  # type: ignore[arg-type]
+
+    def initial_state(self, batch_size: int) -> State:
+        """Zeros for `batch_size` streams."""
+        weight = self.model.embed_tokens.weight
+        sizes = [layer.lstm.hidden_size for layer in self.layers]
+        return [(weight.new_zeros(1, batch_size, size), weight.new_zeros(1, batch_size, size)) for size in sizes]
+
+    def forward(self, tokens_BT: Tensor, state: State | None = None, rng: torch.Generator | None = None) -> Output:
+        """Read a window of tokens and predict each next one.
+
+        Args:
+            tokens_BT: ids, (B, T).
+            state: what the last window gave, or None for zeros.
+            rng: generator of all dropout masks, on the model's device.
+
+        Returns:
+            Logits (B, T, V), the new state, and the last layer's output before and after dropout.
+        """
+        x = embedding_dropout(
+            tokens_BT, self.model.embed_tokens.weight, self.embedding_dropout, self.training, rng
+        )
+        x = locked_dropout(x, self.input_dropout, self.training, rng)
+        new_state: State = []
+        last = len(self.model.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x, layer_state = layer(x, None if state is None else state[i], rng)
+            new_state.append(layer_state)
+            if i < last:
+                x = locked_dropout(x, self.hidden_dropout, self.training, rng)
+        dropped = locked_dropout(x, self.output_dropout, self.training, rng)
+        return Output(self.lm_head(dropped), new_state, x, dropped)
+
+
+def detach_state(state: State) -> State:
+    """Cut the graph between two windows (truncated back-propagation through time)."""
+    return [(h.detach(), c.detach()) for h, c in state]

@@ -1,0 +1,89 @@
+"""What moves the weights: optimizers, learning rates, the running average and its trigger.
+
+NT-ASGD (sec. 3 of arXiv 1708.02182) is plain SGD and, once the trigger has fired, a running mean of the iterates. It is
+not built on `torch.optim.ASGD`, which updates its step size after the step, so that a rescaled learning rate acts one
+step late, and which leaves the first iterate out of the mean; here we differ from Merity's code.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ulimi.recipe import OptimRecipe
+
+
+def make_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.Optimizer:
+    """Make the optimizer over all of the model's parameters, tied ones once."""
+    if recipe.kind == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def learning_rate(
+    recipe: OptimRecipe, *, step: int, progress: float, epochs_done: int, window: int, bptt: int
+) -> float:
+    """Give the learning rate of one step.
+
+    Args:
+        recipe: base rate, drops, warm-up, cosine.
+        step: steps done before this one.
+        progress: share of the whole run's tokens done, in [0, 1].
+        epochs_done: complete epochs.
+        window: length of this very window, in tokens; a short one must not move the weights as far (sec. 4.1).
+        bptt: the base length.
+    """
+    lr = recipe.lr * 0.1 ** sum(epochs_done >= epoch for epoch in recipe.lr_drops)
+    if recipe.kind == "adamw":
+        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        lr *= recipe.final_lr_ratio + (1 - recipe.final_lr_ratio) * cosine
+        if step < recipe.warmup_steps:
+            lr *= (step + 1) / recipe.warmup_steps
+    return lr * window / bptt if recipe.rescale_lr else lr
+
+
+def non_monotonic(history: Sequence[float], newest: float, n: int) -> bool:
+    """Tell whether validation has stopped falling: worse than the best of all but the last `n` (algorithm 1).
+
+    Args:
+        history: earlier validation losses, oldest first, without `newest`.
+        newest: the loss just measured.
+        n: the non-monotone interval.
+    """
+    return len(history) > n and newest > min(history[:-n])
+
+
+class RunningAverage:
+    """The plain mean of the weights after each step since it began (Polyak averaging)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.num_iterates = 0
+        self._model = model
+        self.weights: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the model's present weights into the mean."""
+        self.num_iterates += 1
+        parameters = [p.detach() for p in self._model.parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), parameters, 1 / self.num_iterates)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the model hold the mean inside the block, and its own weights again after it.
+
+        Values are exchanged in place: cuDNN keeps the buffer, and the optimizer the parameters.
+        """
+        own = {n: p.detach().clone() for n, p in self._model.named_parameters()}
+        self._copy(self.weights)
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    @torch.no_grad()
+    def _copy(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self._model.named_parameters():
+            parameter.copy_(weights[name])

@@ -1,0 +1,244 @@
+"""The recipe: every setting of a training run, typed and frozen.
+
+Defaults < recipe file (TOML) < ``section.key=value`` on the command line. An unknown key, a value of
+the wrong type and a value out of range are each one `UlimiError`. The docstring under a field is its
+documentation; the predecessors' flag stands in brackets. A run folder holds its recipe complete, so
+that a later change of a default changes no run that exists.
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ulimi.errors import UlimiError, nearest
+
+Settings = dict[str, dict[str, Any]]
+"""What a TOML file holds: section -> key -> value."""
+
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+OPTIM_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 30.0, "weight_decay": 1.2e-6, "max_grad_norm": 0.25, "max_epochs": 500},
+    "nt-asgd": {"lr": 30.0, "weight_decay": 1.2e-6, "max_grad_norm": 0.25, "max_epochs": 500},
+    "adamw": {"lr": 3e-3, "weight_decay": 0.01, "max_grad_norm": 1.0, "max_epochs": 20},
+}
+"""Each optimizer has its own scale of learning rate: 30 makes AdamW diverge, 3e-3 makes SGD stand still."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class TokenizerRecipe(_Section):
+    """How text becomes tokens."""
+
+    kind: Literal["bpe", "unigram", "word", "char"] = "bpe"
+    """byte-level BPE, byte-level unigram, whole words (closed vocabularies), characters"""
+    vocab_size: int = Field(4000, ge=0)
+    """number of tokens, <eos> included; 0 = every word or character of the training text (word and char only)"""
+    min_frequency: int = Field(1, ge=1)
+    """a word, character or merge that occurs less often is left out"""
+
+
+class DataRecipe(_Section):
+    """How tokens become batches."""
+
+    batch_size: int = Field(32, ge=1)
+    """parallel streams B [batch_size]"""
+    bptt: int = Field(70, ge=2)
+    """base length of a window, in tokens [bptt]"""
+    variable_length: bool = True
+    """draw each window's length (sec. 4.1); false: always bptt"""
+    eval_batch_size: int = Field(10, ge=1)
+    """streams of the validation after each epoch; final scores always use one"""
+
+
+class ModelRecipe(_Section):
+    """The AWD-LSTM; these are the keyword arguments of `ulimi.model.AWDLSTM`."""
+
+    embedding_size: int = Field(256, ge=1)
+    """E [emsize]"""
+    hidden_size: int = Field(512, ge=1)
+    """H, of every layer but a tied last one, which is as wide as the embedding [nhid]"""
+    num_layers: int = Field(3, ge=1)
+    """[nlayers]"""
+    tie_weights: bool = True
+    """decoder matrix = embedding matrix (sec. 4.5) [tied]"""
+    embedding_dropout: Probability = 0.05
+    """on whole word types (sec. 4.3) [dropoute]"""
+    input_dropout: Probability = 0.2
+    """locked, after the embedding [dropouti]"""
+    hidden_dropout: Probability = 0.15
+    """locked, between layers [dropouth]"""
+    output_dropout: Probability = 0.2
+    """locked, after the last layer [dropout]"""
+    weight_dropout: Probability = 0.2
+    """DropConnect on the recurrent matrices (sec. 2) [wdrop]"""
+
+
+class LossRecipe(_Section):
+    """What the gradient sees besides the cross entropy; reported figures never contain it."""
+
+    ar_alpha: float = Field(2.0, ge=0)
+    """activation regularisation of the dropped output (sec. 4.6) [alpha]"""
+    tar_beta: float = Field(1.0, ge=0)
+    """temporal activation regularisation of the raw output (sec. 4.6) [beta]"""
+
+
+class OptimRecipe(_Section):
+    """How weights move, and when to stop."""
+
+    kind: Literal["sgd", "nt-asgd", "adamw"] = "adamw"
+    """plain SGD; SGD, then its average by the non-monotonic trigger (sec. 3); AdamW, warm-up and cosine"""
+    lr: float = Field(gt=0)
+    """learning rate of a window of bptt tokens; by default 30 for sgd and nt-asgd, 3e-3 for adamw [lr]"""
+    rescale_lr: bool = True
+    """lr x (length of the window) / bptt (sec. 4.1)"""
+    weight_decay: float = Field(ge=0)
+    """sgd, nt-asgd: L2 in the gradient, 1.2e-6; adamw: decoupled, 0.01 [wdecay]"""
+    max_grad_norm: float = Field(gt=0)
+    """clip the global gradient norm at this; 0.25, adamw 1.0 [clip]"""
+    max_epochs: int = Field(ge=1)
+    """[epochs]"""
+    patience: int = Field(0, ge=0)
+    """stop after this many epochs without a better validation loss; 0 = never"""
+    nonmono_interval: int = Field(5, ge=1)
+    """n of the non-monotonic trigger, in epochs [nonmono]"""
+    average_at_start: bool = False
+    """nt-asgd as finetuning: average from the first step, and let the trigger end the run"""
+    lr_drops: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """divide lr by 10 at the end of these epochs, counted from 1 [when]"""
+    warmup_steps: int = Field(200, ge=0)
+    """adamw: steps of linear warm-up"""
+    final_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """adamw: lr at the end of the cosine, as a share of lr"""
+    seed: int = Field(141, ge=0)
+    """of initialisation, dropouts and window lengths [seed]"""
+
+
+class Recipe(_Section):
+    """Everything that decides what a training run does, apart from the text."""
+
+    tokenizer: TokenizerRecipe
+    data: DataRecipe
+    model: ModelRecipe
+    loss: LossRecipe
+    optim: OptimRecipe
+
+    def to_toml(self) -> str:
+        """Write all settings as TOML that `load_recipe` reads back to an equal recipe."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+
+def recipe_names() -> list[str]:
+    """List the recipes that come with the package."""
+    return sorted(p.name.removesuffix(".toml") for p in _recipe_dir().iterdir() if p.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe: defaults, then the file (a shipped recipe's name, or a path), then `overrides`.
+
+    Args:
+        name_or_path: a name of `recipe_names()`, the path of a TOML file, or None for the defaults alone.
+        overrides: settings such as ``model.hidden_size=640``; values are TOML, bare words are strings.
+
+    Raises:
+        UlimiError: no such recipe, bad TOML, an unknown key, a wrong type, a value out of range.
+    """
+    settings = {} if name_or_path is None else _read_settings(name_or_path)
+    return build_recipe(settings, overrides, source=name_or_path or "defaults")
+
+
+def build_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), *, source: str = "recipe") -> Recipe:
+    """Complete `settings` with the defaults, apply `overrides`, and check all of it."""
+    merged: Settings = {section: {} for section in Recipe.model_fields}
+    for section, values in settings.items():
+        _known_section(section, source)
+        if not isinstance(values, Mapping):
+            raise UlimiError(f"{source}: {section} is a section, [{section}], not a value")
+        merged[section].update(values)
+    for override in overrides:
+        section, key, value = _parse_override(override)
+        merged[section][key] = value
+    kind = merged["optim"].get("kind", OptimRecipe.model_fields["kind"].default)
+    merged["optim"] = {**OPTIM_DEFAULTS.get(str(kind), {}), **merged["optim"]}
+    try:
+        recipe = Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise UlimiError(f"{source}: {_describe(error)}") from None
+    _check_together(recipe, source)
+    return recipe
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """Name the settings (``section.key``) in which two recipes differ."""
+    before, after = old.model_dump(), new.model_dump()
+    return [f"{s}.{k}" for s, values in before.items() for k, v in values.items() if after[s][k] != v]
+
+
+def _recipe_dir() -> Any:
+    return resources.files("ulimi") / "recipes"
+
+
+def _read_settings(name_or_path: str) -> Mapping[str, Any]:
+    path = Path(name_or_path)
+    shipped = _recipe_dir() / f"{name_or_path}.toml"
+    # A name is looked up in the package first: a file of the same name must be given as ./NAME.
+    if "/" not in name_or_path and shipped.is_file():
+        text = shipped.read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        hint = nearest(name_or_path, recipe_names())
+        raise UlimiError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(recipe_names())}{hint}")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UlimiError(f"{name_or_path}: not valid TOML: {error}") from None
+
+
+def _known_section(section: str, source: str) -> None:
+    if section not in Recipe.model_fields:
+        known = ", ".join(Recipe.model_fields)
+        raise UlimiError(f"{source}: unknown section {section!r}; known: {known}{nearest(section, Recipe.model_fields)}")
+
+
+def _parse_override(override: str) -> tuple[str, str, Any]:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and key):
+        raise UlimiError(f"{override!r} is not a setting; write section.key=value, such as model.hidden_size=640")
+    _known_section(section, override)
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return section, key, value
+
+
+def _describe(error: ValidationError) -> str:
+    """Say the first thing that is wrong in one line."""
+    first = error.errors()[0]
+    section, *rest = (str(part) for part in first["loc"])
+    name = ".".join([section, *rest])
+    if first["type"] == "extra_forbidden":
+        fields = Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        return f"unknown key {name!r}{nearest(rest[0], fields) or '; known: ' + ', '.join(fields)}"
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return f"{name} = {first['input']!r}: {reason}"
+
+
+def _check_together(recipe: Recipe, source: str) -> None:
+    tokenizer = recipe.tokenizer
+    if tokenizer.kind in ("bpe", "unigram") and tokenizer.vocab_size < 300:
+        raise UlimiError(
+            f"{source}: tokenizer.vocab_size = {tokenizer.vocab_size}: a {tokenizer.kind} vocabulary holds 256 bytes "
+            "and <eos>, so at least 300 tokens are needed"
+        )
+    if recipe.optim.average_at_start and recipe.optim.kind != "nt-asgd":
+        raise UlimiError(f"{source}: optim.average_at_start needs optim.kind = 'nt-asgd', not {recipe.optim.kind!r}")

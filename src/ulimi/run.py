@@ -1,0 +1,133 @@
+"""The run folder: the one thing that passes between commands.
+
+    config.json            the network's sizes and dropouts
+    recipe.toml            every setting of the training
+    tokenizer.json, tokenizer_config.json
+    model.safetensors      best weights (averaged ones, once averaging has begun)
+    last/checkpoint.safetensors   all that an exact resume needs
+    metrics.jsonl          a row an epoch
+    meta.json              format and package version, commit, machine, data, scores
+    curve.png, README.md   for people: the curve, the model card
+    corpus/                the splits, where one text file was given
+
+Light floor: reading a run folder needs no torch.
+"""
+
+import json
+import os
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ulimi.errors import UlimiError
+from ulimi.tokenizer import Tokenizer
+
+FORMAT = 1
+"""version of the layout above; a reader refuses a newer one"""
+
+WEIGHTS = "model.safetensors"
+CHECKPOINT = Path("last") / "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that was found to be one."""
+
+    dir: Path
+    meta: dict[str, Any]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The keyword arguments of the network."""
+        config: dict[str, Any] = _read_json(self.dir / "config.json")["awd_lstm"]
+        return config
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that belongs to the weights."""
+        return Tokenizer.load(self.dir)
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The settings, as the TOML holds them."""
+        path = self.dir / "recipe.toml"
+        try:
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise UlimiError(f"{path}: cannot be read: {error}") from None
+
+    @property
+    def weights_path(self) -> Path:
+        """The best weights; an error if no epoch has ended yet."""
+        path = self.dir / WEIGHTS
+        if not path.is_file():
+            raise UlimiError(f"{self.dir}: no {WEIGHTS} yet; the first epoch of its training has not ended")
+        return path
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """What an exact resume starts from."""
+        return self.dir / CHECKPOINT
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, one an epoch."""
+        path = self.dir / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def open_run(path: Path) -> Run:
+    """Open a run folder.
+
+    Raises:
+        UlimiError: no such folder, not a run folder, or one of a newer format.
+    """
+    if not path.is_dir():
+        raise UlimiError(f"no run folder {str(path)!r}; `ulimi train CORPUS --out {path}` makes one")
+    if not (path / "meta.json").is_file():
+        raise UlimiError(f"{path} is not a run folder: it holds no meta.json")
+    meta = _read_json(path / "meta.json")
+    version = meta.get("format")
+    if not isinstance(version, int):
+        raise UlimiError(f"{path}/meta.json: no format version")
+    if version > FORMAT:
+        raise UlimiError(
+            f"{path} has run format {version}, this ulimi reads up to {FORMAT}; it was made by ulimi "
+            f"{meta.get('ulimi', '?')}: install that version or a newer one"
+        )
+    return Run(path, meta)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes `path` when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with atomic_path(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UlimiError(f"{path}: cannot be read: {error}") from None

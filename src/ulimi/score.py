@@ -1,0 +1,146 @@
+"""From nats to figures that can be compared, and the two ways to score a text.
+
+Every token of the text is predicted and counted once, the <eos> at each line's end included, the first token of all
+after an <eos> that is not counted. Bits per character divide by the code points of the original text, with one newline
+a line; bits per token that are called so are the commonest error in the field.
+
+Light floor: the network is whatever `Engine` is given.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ulimi.corpus import TextStats, count_stats
+from ulimi.data import Ids
+from ulimi.engine import EVALUATION_WINDOW, Engine
+from ulimi.tokenizer import Tokenizer
+
+LINES_AT_ONCE = 256
+"""lines that `score_lines` holds: sorted by length inside, so that little is padded"""
+
+ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a text cost, and how much text it was."""
+
+    nats: float
+    num_tokens: int
+    num_words: int
+    """white-space words, without the ends of lines"""
+    num_lines: int
+    num_chars: int
+    """code points of the original text, one newline a line"""
+    num_bytes: int
+    """of its UTF-8, likewise"""
+
+    @classmethod
+    def of(cls, nats: float, num_tokens: int, stats: TextStats) -> "Score":
+        """Join the nats of a text with its counts."""
+        return cls(nats, num_tokens, stats.num_words, stats.num_lines, stats.num_chars, stats.num_bytes)
+
+    @property
+    def perplexity(self) -> float:
+        """Per token of the model's own tokenizer: comparable between models that share it, and only those."""
+        return _exp(self.nats / self.num_tokens)
+
+    @property
+    def word_perplexity(self) -> float:
+        """exp(nats / number of words, each line's end counted as one)."""
+        return _exp(self.nats / (self.num_words + self.num_lines))
+
+    @property
+    def bits_per_char(self) -> float:
+        """nats / ln 2 / characters."""
+        return self.nats / math.log(2) / self.num_chars
+
+    @property
+    def bits_per_byte(self) -> float:
+        """nats / ln 2 / bytes."""
+        return self.nats / math.log(2) / self.num_bytes
+
+    def __add__(self, other: "Score") -> "Score":
+        """The score of two texts together."""
+        mine, theirs = asdict(self), asdict(other)
+        return Score(**{key: mine[key] + theirs[key] for key in mine})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of `--json`."""
+        return {
+            "nats": self.nats,
+            "num_tokens": self.num_tokens,
+            "num_words": self.num_words,
+            "num_lines": self.num_lines,
+            "num_chars": self.num_chars,
+            "num_bytes": self.num_bytes,
+            "perplexity": self.perplexity,
+            "word_perplexity": self.word_perplexity,
+            "bits_per_char": self.bits_per_char,
+            "bits_per_byte": self.bits_per_byte,
+        }
+
+
+def score_stream(engine: Engine, ids: Ids, eos_id: int) -> float:
+    """Total nats of a text read as one stream, the state carried from its first token to its last.
+
+    Args:
+        engine: the network.
+        ids: (N,).
+        eos_id: what stands before the first token.
+    """
+    state = engine.initial_state(1)
+    nats, before = 0.0, eos_id
+    for start in range(0, len(ids), EVALUATION_WINDOW):
+        targets_1T = np.asarray(ids[start : start + EVALUATION_WINDOW], dtype=np.int64)[None]
+        inputs_1T = np.concatenate([[[before]], targets_1T[:, :-1]], axis=1)
+        nll_1T, state = engine.nll(inputs_1T, targets_1T, state)
+        nats += float(nll_1T.sum(dtype=np.float64))
+        before = int(targets_1T[0, -1])
+    return nats
+
+
+def score_lines(engine: Engine, tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[tuple[str, Score]]:
+    """Score each line by itself, from a zero state and an <eos>: a stream of (line, score), in order.
+
+    Memory is constant; a line's score does not depend on the lines around it.
+    """
+    lines = iter(lines)
+    while batch := list(islice(lines, LINES_AT_ONCE)):
+        ids = tokenizer.encode_lines(batch)
+        nats = [0.0] * len(batch)
+        by_length = sorted(range(len(batch)), key=lambda i: len(ids[i]))
+        for start in range(0, len(batch), ROWS_AT_ONCE):
+            rows = by_length[start : start + ROWS_AT_ONCE]
+            for row, row_nats in zip(rows, _score_rows(engine, [ids[i] for i in rows], tokenizer.eos_id), strict=True):
+                nats[row] = row_nats
+        for line, line_ids, line_nats in zip(batch, ids, nats, strict=True):
+            yield line, Score.of(line_nats, len(line_ids), count_stats([line]))
+
+
+def _score_rows(engine: Engine, rows: list[list[int]], eos_id: int) -> list[float]:
+    longest = max(map(len, rows))
+    # Pads stand after a row's own tokens and are not counted, so they change nothing; any id will do.
+    targets_BN = np.full((len(rows), longest), eos_id, dtype=np.int64)
+    counted_BN: NDArray[np.bool_] = np.zeros((len(rows), longest), dtype=bool)
+    for row, ids in enumerate(rows):
+        targets_BN[row, : len(ids)] = ids
+        counted_BN[row, : len(ids)] = True
+    inputs_BN = np.concatenate([np.full((len(rows), 1), eos_id, dtype=np.int64), targets_BN[:, :-1]], axis=1)
+    state = engine.initial_state(len(rows))
+    nats = np.zeros(len(rows))
+    for start in range(0, longest, EVALUATION_WINDOW):
+        window = slice(start, start + EVALUATION_WINDOW)
+        nll_BT, state = engine.nll(inputs_BN[:, window], targets_BN[:, window], state)
+        nats += np.where(counted_BN[:, window], nll_BT, 0.0).sum(axis=1, dtype=np.float64)
+    return nats.tolist()
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

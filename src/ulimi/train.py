@@ -1,0 +1,618 @@
+"""The one training loop: epochs of windows, validation, best weights, exact resume.
+
+Finetuning is the same loop from other weights (`init_from`). What a run prints is the caller's affair: the loop reports
+to a `Reporter`.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import ulimi
+from ulimi.corpus import Corpus, read_lines
+from ulimi.data import IGNORED, EncodedText, Ids, Windows, encode_file, make_streams, validation_rows
+from ulimi.engine import EVALUATION_WINDOW, TorchEngine, load_model
+from ulimi.errors import UlimiError
+from ulimi.info import model_card
+from ulimi.model import AWDLSTM, State, detach_state
+from ulimi.optim import RunningAverage, learning_rate, make_optimizer, non_monotonic
+from ulimi.plot import plot_curve
+from ulimi.recipe import Recipe, build_recipe, changed_keys
+from ulimi.run import CHECKPOINT, FORMAT, WEIGHTS, Run, atomic_path, open_run, write_json, write_text
+from ulimi.score import Score, score_stream
+from ulimi.tokenizer import Tokenizer
+
+CHECK_EVERY = 20
+"""steps between two looks at the loss: each look makes a GPU wait"""
+
+RESUMABLE_CHANGES = ("optim.max_epochs", "optim.patience")
+"""settings that a resumed run may change: they decide when it ends, not what a step does (AdamW's cosine excepted)"""
+
+
+class Reporter(Protocol):
+    """Whoever watches a run."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def step(self, progress: "Progress", total_tokens: int, nll: float, lr: float) -> None:
+        """Called every `CHECK_EVERY` steps; `nll` is this epoch's mean so far."""
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Called with each new row of metrics.jsonl."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def step(self, progress: "Progress", total_tokens: int, nll: float, lr: float) -> None:
+        """Nothing."""
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+    """The run was stopped from outside and its checkpoint is written."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it goes into the checkpoint."""
+
+    epoch: int = 0
+    """complete epochs"""
+    position: int = 0
+    """first token of the next window in each stream"""
+    step: int = 0
+    tokens: int = 0
+    """predicted tokens of the whole run"""
+    epoch_nats: float = 0.0
+    epoch_tokens: int = 0
+    seconds: float = 0.0
+    """of training and validation, over all sittings"""
+    history: list[float] = field(default_factory=list)
+    """validation losses, nats per token, oldest first"""
+    best: float = math.inf
+    best_epoch: int = 0
+    finished: bool = False
+    metrics_bytes: int = 0
+    """length of metrics.jsonl, so that rows after the checkpoint are dropped"""
+    data_digest: str = ""
+
+
+def train(
+    corpus: Corpus,
+    run_dir: Path,
+    recipe: Recipe,
+    *,
+    init_from: Run | None = None,
+    new_tokenizer: bool = False,
+    resume: bool = False,
+    device: str = "auto",
+    checkpoint_minutes: float = 5.0,
+    tensorboard: bool = False,
+    reporter: Reporter | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    cache_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Train a model, or go on training it, and leave it in a run folder.
+
+    Args:
+        corpus: train and validation text.
+        run_dir: the run folder; without `resume` it must not hold a run.
+        recipe: all settings.
+        init_from: start from this run's best weights and tokenizer.
+        new_tokenizer: with `init_from`: train a tokenizer on this corpus; known pieces keep their vectors.
+        resume: go on from the folder's checkpoint.
+        device: "cpu", "cuda", or "auto".
+        checkpoint_minutes: time between two checkpoints inside an epoch.
+        tensorboard: also write TensorBoard events, to run_dir/tensorboard.
+        reporter: who is told.
+        should_stop: asked after each step; true ends the run with a checkpoint and `Interrupted`.
+        cache_dir: where encoded text is kept, see `ulimi.data.encode_file`.
+
+    Returns:
+        The scores of the best weights on the validation text, as in meta.json.
+
+    Raises:
+        UlimiError: anything wrong with the input, or a loss that is not finite.
+        Interrupted: `should_stop` said so.
+    """
+    trainer = Trainer(
+        corpus, run_dir, recipe, init_from=init_from, new_tokenizer=new_tokenizer, resume=resume, device=device,
+        reporter=reporter or Silent(), cache_dir=cache_dir,
+    )  # fmt: skip
+    return trainer.run(checkpoint_minutes, tensorboard, should_stop)
+
+
+class Trainer:
+    """One run: its model, optimizer, average, random states and position."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        run_dir: Path,
+        recipe: Recipe,
+        *,
+        init_from: Run | None,
+        new_tokenizer: bool,
+        resume: bool,
+        device: str,
+        reporter: Reporter,
+        cache_dir: Path | None,
+    ) -> None:
+        self.run_dir = run_dir
+        self.recipe = recipe
+        self.reporter = reporter
+        self.device = choose_device(device)
+        old = self._claim_folder(resume, init_from)
+
+        if old is not None:
+            self.tokenizer = old.tokenizer
+        elif init_from is not None and not new_tokenizer:
+            self.tokenizer = init_from.tokenizer
+        else:
+            t = recipe.tokenizer
+            reporter.note(f"training a {t.kind} tokenizer on {corpus.train_path}")
+            self.tokenizer = Tokenizer.train(
+                read_lines(corpus.train_path), kind=t.kind, vocab_size=t.vocab_size or None,
+                min_frequency=t.min_frequency,
+            )  # fmt: skip
+        self.train_text = encode_file(corpus.train_path, self.tokenizer, cache_dir)
+        self.valid_text = encode_file(corpus.valid_path, self.tokenizer, cache_dir)
+        self.streams_BS = make_streams(self.train_text.ids, recipe.data.batch_size)
+
+        self.rng = torch.Generator(device=self.device).manual_seed(recipe.optim.seed)
+        self.window_rng = np.random.default_rng(recipe.optim.seed)
+        self.config = {"vocab_size": self.tokenizer.vocab_size, **recipe.model.model_dump()}
+        weights_rng = torch.Generator().manual_seed(recipe.optim.seed)
+        self.model = AWDLSTM(**self.config, rng=weights_rng).to(self.device)
+        if init_from is not None and old is None:
+            adopt_weights(self.model, self.tokenizer, init_from)
+        self.optimizer = make_optimizer(self.model, recipe.optim)
+        self.average = RunningAverage(self.model) if recipe.optim.average_at_start else None
+        self.state: State = self.model.initial_state(recipe.data.batch_size)
+        self.progress = Progress(data_digest=self._data_digest())
+        self.meta = old.meta if old is not None else self._new_meta(corpus, init_from)
+        if old is not None:
+            self._load_checkpoint()
+        else:
+            self._write_static_files()
+            self.save_checkpoint()
+        num = sum(p.numel() for p in self.model.parameters())
+        reporter.note(
+            f"{num / 1e6:.1f}M parameters, {self.tokenizer.vocab_size} {self.tokenizer.kind} tokens; "
+            f"train {len(self.train_text.ids):,} tokens, valid {len(self.valid_text.ids):,}; on {self.device}"
+        )
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def run(self, checkpoint_minutes: float, tensorboard: bool, should_stop: Callable[[], bool]) -> dict[str, Any]:
+        """Train until the recipe says that it is enough; then score the best weights on one stream."""
+        writer = _open_tensorboard(self.run_dir / "tensorboard") if tensorboard else None
+        while not self._finished():
+            self._epoch(checkpoint_minutes, should_stop)
+            row = self._end_epoch()
+            self.reporter.epoch(row)
+            if writer is not None:
+                for key, value in row.items():
+                    if isinstance(value, float):
+                        writer.add_scalar(key, value, row["epoch"])
+        if writer is not None:
+            writer.close()
+        return self._finish()
+
+    def _finished(self) -> bool:
+        p, optim = self.progress, self.recipe.optim
+        patience_over = optim.patience > 0 and p.epoch - p.best_epoch >= optim.patience
+        return p.finished or p.epoch >= optim.max_epochs or (p.epoch > 0 and patience_over)
+
+    def _epoch(self, checkpoint_minutes: float, should_stop: Callable[[], bool]) -> None:
+        """Train on the windows from the present position to the end of the streams."""
+        data, optim, loss, p = self.recipe.data, self.recipe.optim, self.recipe.loss, self.progress
+        tokens_per_epoch = self.streams_BS.shape[0] * (self.streams_BS.shape[1] - 1)
+        windows = Windows(
+            self.streams_BS, bptt=data.bptt, variable_length=data.variable_length, rng=self.window_rng,
+            position=p.position,
+        )  # fmt: skip
+        started, saved, base_seconds = time.perf_counter(), time.perf_counter(), p.seconds
+        total_nll = torch.tensor(p.epoch_nats, dtype=torch.float64, device=self.device)
+        self.model.train()
+        for inputs, targets in windows:
+            inputs_BT = torch.from_numpy(inputs).to(self.device)
+            targets_BT = torch.from_numpy(targets).to(self.device)
+            out = self.model(inputs_BT, self.state, self.rng)
+            nll = F.cross_entropy(out.logits.flatten(0, 1), targets_BT.flatten())
+            ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
+
+            self.optimizer.zero_grad(set_to_none=True)
+            (nll + ar + tar).backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm)
+            lr = learning_rate(
+                optim, step=p.step, progress=p.tokens / (tokens_per_epoch * optim.max_epochs), epochs_done=p.epoch,
+                window=inputs_BT.size(1), bptt=data.bptt,
+            )  # fmt: skip
+            self.optimizer.param_groups[0]["lr"] = lr
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
+
+            self.state = detach_state(out.state)
+            total_nll += nll.detach() * targets_BT.numel()  # stays on the device: no wait at each step
+            p.step += 1
+            p.tokens += targets_BT.numel()
+            p.epoch_tokens += targets_BT.numel()
+            p.position = windows.position
+            stopping = should_stop()
+            due = time.perf_counter() - saved > 60 * checkpoint_minutes
+            if stopping or due or p.step % CHECK_EVERY == 0:
+                p.epoch_nats = total_nll.item()
+                p.seconds = base_seconds + time.perf_counter() - started
+                self._check_finite(p.epoch_nats, "training", lr)
+                self.reporter.step(p, tokens_per_epoch, p.epoch_nats / p.epoch_tokens, lr)
+            if stopping or due:
+                self.save_checkpoint()
+                saved = time.perf_counter()
+            if stopping:
+                raise Interrupted
+        p.epoch_nats = total_nll.item()
+        p.seconds = base_seconds + time.perf_counter() - started
+        self._check_finite(p.epoch_nats, "training", optim.lr)
+
+    def _end_epoch(self) -> dict[str, Any]:
+        """Validate the weights that would be saved, save them if they are the best, and look at the trigger."""
+        p, optim = self.progress, self.recipe.optim
+        started = time.perf_counter()
+        averaging = self.average is not None
+        if self.average is not None:
+            with self.average.applied():
+                valid = self._validate_and_keep()
+        else:
+            valid = self._validate_and_keep()
+        fired = optim.kind == "nt-asgd" and non_monotonic(p.history, valid, optim.nonmono_interval)
+        if fired and not averaging:
+            self.average = RunningAverage(self.model)
+            self.reporter.note(f"epoch {p.epoch + 1}: validation no longer falls, averaging begins")
+        elif fired and optim.average_at_start:
+            p.finished = True
+            self.reporter.note(f"epoch {p.epoch + 1}: the average no longer improves, finetuning ends")
+        p.history.append(valid)
+        train_nll = p.epoch_nats / p.epoch_tokens
+        stats = self.valid_text.stats
+        p.seconds += time.perf_counter() - started
+        row = {
+            "epoch": p.epoch + 1,
+            "step": p.step,
+            "tokens": p.tokens,
+            "lr": learning_rate(
+                optim, step=p.step, progress=p.tokens / (p.epoch_tokens * optim.max_epochs), epochs_done=p.epoch,
+                window=self.recipe.data.bptt, bptt=self.recipe.data.bptt,
+            ),
+            "train_nll": train_nll,
+            "valid_nll": valid,
+            "valid_perplexity": math.exp(min(valid, 700.0)),
+            "valid_bits_per_char": valid * len(self.valid_text.ids) / math.log(2) / stats.num_chars,
+            "averaging": averaging,
+            "best": p.best_epoch == p.epoch + 1,
+            "seconds": p.seconds,
+        }  # fmt: skip
+        self._append_metrics(row)
+        p.epoch += 1
+        p.position, p.epoch_nats, p.epoch_tokens = 0, 0.0, 0
+        self.state = self.model.initial_state(self.recipe.data.batch_size)
+        self.save_checkpoint()
+        with atomic_path(self.run_dir / "curve.png") as path:
+            plot_curve(Run(self.run_dir, self.meta).metrics(), path)
+        return row
+
+    def _validate_and_keep(self) -> float:
+        """Measure the model's present weights; write them if none were better. Nats per token."""
+        p = self.progress
+        ids, eos_id = self.valid_text.ids, self.tokenizer.eos_id
+        valid = validation_nats(self.model, ids, self.recipe.data.eval_batch_size, eos_id) / len(ids)
+        self._check_finite(valid, "validation", self.recipe.optim.lr)
+        if valid < p.best:
+            p.best, p.best_epoch = valid, p.epoch + 1
+            save_weights(self.model, self.run_dir / WEIGHTS)
+        return valid
+
+    def _finish(self) -> dict[str, Any]:
+        """Score the best weights on one stream and write what people read."""
+        run = open_run(self.run_dir)
+        engine = TorchEngine(load_model(run, self.device))
+        nats = score_stream(engine, self.valid_text.ids, self.tokenizer.eos_id)
+        score = Score.of(nats, len(self.valid_text.ids), self.valid_text.stats)
+        self.meta["scores"] = {"valid": score.as_dict()}
+        self.meta["training"] = {
+            "epochs": self.progress.epoch,
+            "best_epoch": self.progress.best_epoch,
+            "seconds": round(self.progress.seconds, 1),
+            "tokens": self.progress.tokens,
+        }
+        write_json(self.run_dir / "meta.json", self.meta)
+        write_text(self.run_dir / "README.md", model_card(open_run(self.run_dir)))
+        return score.as_dict()
+
+    def _check_finite(self, value: float, what: str, lr: float) -> None:
+        if not math.isfinite(value):
+            raise UlimiError(
+                f"the {what} loss is {value} in epoch {self.progress.epoch + 1}, step {self.progress.step}, at lr {lr:g} "
+                f"with optim.kind = {self.recipe.optim.kind!r}: try a lower optim.lr; the last good checkpoint in "
+                f"{self.run_dir} is as it was"
+            )
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def _claim_folder(self, resume: bool, init_from: Run | None) -> Run | None:
+        """Decide whether the run folder may be written to; return the run in it when resuming."""
+        run_dir = self.run_dir
+        if run_dir.exists() and not run_dir.is_dir():
+            raise UlimiError(f"--out {run_dir}: is a file; a run is a folder")
+        if init_from is not None and run_dir.exists() and run_dir.resolve() == init_from.dir.resolve():
+            raise UlimiError(f"--out {run_dir} is the run that --init-from names; it would be overwritten")
+        has_run = (run_dir / CHECKPOINT).is_file()
+        if resume:
+            if not has_run:
+                raise UlimiError(f"nothing to resume in {run_dir}: it holds no {CHECKPOINT}")
+            old = open_run(run_dir)
+            changed = changed_keys(build_recipe(old.recipe, source=f"{run_dir}/recipe.toml"), self.recipe)
+            if fixed := [key for key in changed if key not in RESUMABLE_CHANGES]:
+                raise UlimiError(
+                    f"{', '.join(fixed)}: differs from the run in {run_dir}; with --resume only "
+                    f"{' and '.join(RESUMABLE_CHANGES)} may change; for other settings start a new run"
+                )
+            return old
+        if has_run:
+            raise UlimiError(f"{run_dir} already holds a run: continue it with --resume, or give another --out")
+        if run_dir.is_dir():
+            ours = {"corpus", "meta.json", "config.json", "recipe.toml", "tokenizer.json", "tokenizer_config.json"}
+            if foreign := sorted(p.name for p in run_dir.iterdir() if p.name not in ours and p.name != "last"):
+                raise UlimiError(f"--out {run_dir}: the folder holds other things ({foreign[0]}); give a new folder")
+        return None
+
+    def _data_digest(self) -> str:
+        return f"{self.train_text.digest} {self.valid_text.digest}"
+
+    def _new_meta(self, corpus: Corpus, init_from: Run | None) -> dict[str, Any]:
+        def describe(path: Path, text: EncodedText) -> dict[str, Any]:
+            return {"path": str(path.resolve()), "num_tokens": len(text.ids), **asdict(text.stats)}
+
+        return {
+            "format": FORMAT,
+            "ulimi": ulimi.__version__,
+            "commit": _commit(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": describe_machine(self.device),
+            "init_from": None if init_from is None else str(init_from.dir.resolve()),
+            "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "data": {
+                "train": describe(corpus.train_path, self.train_text),
+                "valid": describe(corpus.valid_path, self.valid_text),
+                "report": corpus.report,
+            },
+            "scores": {},
+        }
+
+    def _write_static_files(self) -> None:
+        shutil.rmtree(self.run_dir / "last", ignore_errors=True)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "metrics.jsonl").unlink(missing_ok=True)
+        self.tokenizer.save(self.run_dir)
+        write_text(self.run_dir / "recipe.toml", self.recipe.to_toml())
+        eos = self.tokenizer.eos_id
+        config = {"model_type": "awd_lstm", "bos_token_id": eos, "eos_token_id": eos, "awd_lstm": self.config}
+        write_json(self.run_dir / "config.json", config)
+        write_json(self.run_dir / "meta.json", self.meta)
+
+    def _append_metrics(self, row: dict[str, Any]) -> None:
+        path = self.run_dir / "metrics.jsonl"
+        with path.open("ab") as file:
+            file.truncate(self.progress.metrics_bytes)
+            file.seek(0, os.SEEK_END)
+            file.write((json.dumps(row) + "\n").encode())
+            self.progress.metrics_bytes = file.tell()
+
+    def save_checkpoint(self) -> None:
+        """Write all that an exact resume needs, in one file, whole or not at all."""
+        tensors: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
+        if self.average is not None:
+            tensors |= {f"average.{n}": t for n, t in self.average.weights.items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in slots.items() if value is not None}
+        for i, (h, c) in enumerate(self.state):
+            tensors |= {f"state.{i}.h": h, f"state.{i}.c": c}
+        tensors["rng"] = self.rng.get_state()
+        progress = {
+            **asdict(self.progress),
+            "num_iterates": self.average.num_iterates if self.average is not None else None,
+            "window_rng": self.window_rng.bit_generator.state,
+        }
+        with atomic_path(self.run_dir / CHECKPOINT) as path:
+            _save_tensors({k: v.contiguous().cpu() for k, v in tensors.items()}, path, {"progress": json.dumps(progress)})
+
+    def _load_checkpoint(self) -> None:
+        path = self.run_dir / CHECKPOINT
+        try:
+            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+                progress = json.loads(file.metadata()["progress"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise UlimiError(f"{path}: cannot be read: {error}") from None
+        if progress["data_digest"] != self.progress.data_digest:
+            raise UlimiError(f"the corpus is not the one that the run in {self.run_dir} was trained on; resume needs the same text")
+        num_iterates, window_rng = progress.pop("num_iterates"), progress.pop("window_rng")
+        self.progress = Progress(**progress)
+        self.window_rng.bit_generator.state = window_rng
+        self.rng.set_state(tensors.pop("rng"))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
+        if num_iterates is not None:
+            self.average = RunningAverage(self.model)
+            self.average.num_iterates = num_iterates
+            for name, tensor in self.average.weights.items():
+                tensor.copy_(tensors[f"average.{name}"])
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, slot = key.split(".", 2)
+                slots.setdefault(int(index), {})[slot] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self.state = [
+            (tensors[f"state.{i}.h"].to(self.device), tensors[f"state.{i}.c"].to(self.device))
+            for i in range(len(self.state))
+        ]
+
+
+def regularisation(raw_BTE: Tensor, dropped_BTE: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """Activation and temporal activation regularisation, AR and TAR (sec. 4.6).
+
+    The paper writes a norm; every implementation, and so every published figure, takes the mean square.
+
+    Args:
+        raw_BTE: last layer's output before dropout, (B, T, E), T >= 2: TAR is about its steps.
+        dropped_BTE: the same after dropout: AR is about its size.
+        alpha: weight of AR.
+        beta: weight of TAR.
+    """
+    return alpha * dropped_BTE.pow(2).mean(), beta * raw_BTE.diff(dim=1).pow(2).mean()
+
+
+def validation_nats(model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int) -> float:
+    """Total nats of a text, every token once, read in `batch_size` stretches that each start from a zero state."""
+    device = model.lm_head.bias.device
+    inputs_BN, targets_BN = validation_rows(ids, batch_size, eos_id)
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    state: State | None = None
+    with torch.inference_mode():
+        for start in range(0, inputs_BN.shape[1], EVALUATION_WINDOW):
+            window = slice(start, start + EVALUATION_WINDOW)
+            out = model(torch.from_numpy(inputs_BN[:, window]).to(device), state)
+            targets = torch.from_numpy(targets_BN[:, window].copy()).to(device).flatten()
+            total += F.cross_entropy(out.logits.flatten(0, 1), targets, reduction="sum", ignore_index=IGNORED)
+            state = out.state
+    model.train(was_training)
+    return total.item()
+
+
+def save_weights(model: AWDLSTM, path: Path) -> None:
+    """Write the weights as safetensors; a tied decoder matrix is not written twice."""
+    tensors = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters()}
+    with atomic_path(path) as unfinished:
+        _save_tensors(tensors, unfinished, {"format": "pt"})
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        # safetensors wraps a full disk in an exception of its own.
+        raise OSError(f"cannot write {path.parent}: {error}") from None
+    # safetensors leaves the file readable by its owner alone, whatever the umask says.
+    path.chmod(0o644)
+
+
+def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
+    """Start from another run's best weights; pieces that its tokenizer lacks get the mean vector.
+
+    Raises:
+        UlimiError: the two networks differ in size.
+    """
+    weights = load_file(source.weights_path)
+    own = dict(model.named_parameters())
+    old_vocab, new_vocab = source.tokenizer.backend.get_vocab(), tokenizer.backend.get_vocab()
+    same_tokens = old_vocab == new_vocab
+    per_token = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+    if set(weights) != set(own) or any(
+        weights[n].shape[n in per_token :] != own[n].shape[n in per_token :] for n in own
+    ):
+        raise UlimiError(
+            f"--init-from {source.dir}: its network has other sizes than this recipe's; leave model.embedding_size, "
+            "hidden_size, num_layers and tie_weights as they are there"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            old = weights[name].to(parameter.device)
+            if name in per_token and not same_tokens:
+                parameter.copy_(old.mean(dim=0, keepdim=True).expand_as(parameter))
+                shared = [(new, old_vocab[piece]) for piece, new in new_vocab.items() if piece in old_vocab]
+                into, out_of = (torch.tensor(column, device=parameter.device) for column in zip(*shared, strict=True))
+                parameter[into] = old[out_of]
+            else:
+                parameter.copy_(old)
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device that is there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UlimiError(f"--device {name}: not a device; allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UlimiError(f"--device {name}: no CUDA device is there; allowed here: auto, cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UlimiError(f"--device {name}: not supported; allowed: auto, cpu, cuda, cuda:N")
+    return device
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Name what a figure was measured on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, if it is one."""
+    here = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _open_tensorboard(log_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UlimiError("--tensorboard needs the tensorboard package: pip install 'ulimi[all]'") from None
+    return SummaryWriter(log_dir)  # type: ignore[no-untyped-call]
