@@ -64,6 +64,7 @@ def refusal_of(content: bytes, path: Path) -> str:
         (b"one\ntwo", ["one", "two"]),
         (b"one\r\n\r\ntwo\r\n", ["one", "", "two"]),
         (b"a\rb\r\nc\r", ["a\rb", "c\r"]),
+        (b"a \t\r\r\nb\x0c\r\n", ["a \t\r", "b\x0c"]),
         (b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n", ["one", "\ufefftwo"]),
         ("a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g\n".encode(), ["a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g"]),
         ("  ǃxóõ \t\n".encode(), ["  ǃxóõ \t"]),
@@ -501,6 +502,16 @@ def test_training_lines_that_repeat_held_out_ones_are_removed(tmp_path):
     assert opened.report["train_lines"] == len(parts["train"]) == len(clean["train"]) - 2 + 1
 
 
+def test_held_out_lines_that_stand_in_longer_training_lines_are_counted_after_a_split(tmp_path):
+    lines = [words(*range(100 * number, 100 * number + 60)) for number in range(100)]
+    clean, _ = split(tmp_path, lines)
+    held_out, free = lines.index(clean["valid"][0]), lines.index(clean["train"][0])
+    lines[held_out] = " ".join(lines[free].split()[:10])
+    parts, opened = split(tmp_path, lines)
+    assert parts["train"] == clean["train"]
+    assert opened.report["near_duplicates"] == 1
+
+
 def test_short_training_lines_are_removed_when_they_are_the_same(tmp_path):
     lines = numbered(100)
     clean, _ = split(tmp_path, lines)
@@ -587,8 +598,10 @@ def test_a_split_is_made_anew_for_another_text_or_version(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("num_done", range(4))
-def test_a_split_that_was_interrupted_is_completed(tmp_path, monkeypatch, num_done):
-    split(tmp_path, numbered(40))
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_split_that_was_interrupted_is_completed(tmp_path, monkeypatch, num_done, is_first):
+    if not is_first:
+        split(tmp_path, numbered(40))
     replaced = []
     path_replace = Path.replace
 
@@ -603,7 +616,7 @@ def test_a_split_that_was_interrupted_is_completed(tmp_path, monkeypatch, num_do
     assert message == (
         f"{tmp_path / 'work'}: the split of {tmp_path / 'text.txt'} cannot be written (No space left on device)"
     )
-    assert set(files_in(tmp_path / "work")) == set(WORK_FILES)
+    assert len(files_in(tmp_path / "work")) == (num_done if is_first else 4)
     monkeypatch.undo()
     parts, _ = split(tmp_path, numbered(50))
     assert set(chain(*parts.values())) == set(numbered(50))

@@ -9,6 +9,7 @@
 Both read one stream. Settings are tuned on validation text only. Legend: as in `ulimi.model`, W cache window.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +22,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ulimi.data import Ids, make_streams
+from ulimi.data import Ids, encode_file, make_streams
 from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM, State, detach_state
-from ulimi.run import atomic_path
+from ulimi.run import Run, atomic_path
 
 Stats = dict[str, Tensor]
 """parameter name -> mean square of its gradients"""
@@ -175,9 +176,10 @@ class _Updater:
     def step(self, nll: Tensor) -> None:
         gradients = torch.autograd.grad(nll, self._parameters)
         with torch.no_grad():
-            back = torch._foreach_sub(self._start, self._parameters)
-            torch._foreach_addcmul_(self._parameters, self._decay, back)
-            torch._foreach_addcmul_(self._parameters, self._rate, gradients, -1)
+            weights = [p.detach() for p in self._parameters]
+            back = torch._foreach_sub(self._start, weights)
+            torch._foreach_addcmul_(weights, self._decay, back)
+            torch._foreach_addcmul_(weights, self._rate, gradients, -1)
 
 
 @contextmanager
@@ -199,7 +201,7 @@ def gradient_stats(
     batch_size: int = 20,
     bptt: int = 70,
     max_batches: int = 200,
-    on_batches: Callable[[int, int], None] = lambda done, total: None,
+    on_batches: Callable[[int], None] = lambda done: None,
 ) -> Stats:
     """Mean square of the gradients over batches of the training text, dropout off.
 
@@ -209,7 +211,7 @@ def gradient_stats(
         batch_size: B. The magnitude of the statistics depends on B x bptt, and lr and epsilon on the statistics.
         bptt: T.
         max_batches: batches, spread over the text; 200 x 20 x 70 tokens settle the mean.
-        on_batches: told how many batches of how many are done.
+        on_batches: told how many batches are done.
 
     Returns:
         Parameter name -> a tensor of its shape.
@@ -230,18 +232,36 @@ def gradient_stats(
         gradients = torch.autograd.grad(nll, list(model.parameters()))
         torch._foreach_addcmul_(squares, gradients, gradients, 1 / len(chosen))
         state = detach_state(out.state)
-        on_batches(done, len(chosen))
+        on_batches(done)
     model.train(was_training)
     return {name: square for (name, _), square in zip(model.named_parameters(), squares, strict=True)}
 
 
-def save_stats(stats: Stats, path: Path) -> None:
-    """Keep gradient statistics beside the weights that they belong to."""
-    with atomic_path(path) as unfinished:
+def run_stats(
+    run: Run, model: AWDLSTM, train_path: Path | None = None, on_batches: Callable[[int], None] = lambda done: None
+) -> Stats:
+    """Give a run's gradient statistics, which are kept in its folder once they are known.
+
+    Args:
+        run: whose best weights `model` holds.
+        model: the network.
+        train_path: its training text; None means the path that the run remembers.
+        on_batches: told how many batches are done.
+
+    Raises:
+        UlimiError: the training text is not where the run remembers it.
+    """
+    # Weights that were trained on since have other statistics: the file's name carries the weights' hash.
+    with run.weights_path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    kept = run.dir / f"gradient_stats.{digest}.safetensors"
+    if train_path is None and kept.is_file():
+        known: Stats = load_file(kept)
+        return known
+    text_path = train_path or Path(run.meta["data"]["train"]["path"])
+    if not text_path.is_file():
+        raise UlimiError(f"--dynamic needs the training text, and {text_path} is not there: name it with --stats-from")
+    stats = gradient_stats(model, encode_file(text_path, run.tokenizer).ids, on_batches=on_batches)
+    with atomic_path(kept) as unfinished:
         save_file({name: tensor.contiguous().cpu() for name, tensor in stats.items()}, unfinished)
-
-
-def load_stats(path: Path) -> Stats:
-    """Read what `save_stats` wrote."""
-    stats: Stats = load_file(path)
     return stats

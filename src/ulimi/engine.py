@@ -28,7 +28,10 @@ EngineState = Any
 class Engine(Protocol):
     """A network in evaluation mode. State is a value: no call changes the state that it was given."""
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """V: ids are 0 to V - 1."""
+        ...
 
     def initial_state(self, batch_size: int) -> EngineState:
         """Zeros for `batch_size` streams."""

@@ -13,46 +13,15 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ulimi.errors import UlimiError
 
-State: TypeAlias = Any  # the engine's own; here it is only handed on
-
-
-class Engine(Protocol):
-    """What generation needs of a language model: logits for the next token, and a state as a value.
-
-    No method may change the state that it is given.
-    """
-
-    @property
-    def vocab_size(self) -> int:
-        """V: ids are 0 to V - 1."""
-        ...
-
-    def initial_state(self, batch_size: int) -> State:
-        """Make the state of a model that has seen nothing, for `batch_size` rows."""
-        ...
-
-    def step(self, ids_B: NDArray[np.int64], state: State) -> tuple[NDArray[np.float32], State]:
-        """Feed one id to each row; give the logits of the next one, (B, V), and the new state."""
-        ...
-
-    def prime(self, ids: Sequence[int], state: State) -> tuple[NDArray[np.float32], State]:
-        """Feed several ids to a batch of one; give the logits after the last, (1, V), and the new state."""
-        ...
-
-    def repeat_state(self, state: State, n: int) -> State:
-        """Copy the state of a batch of one into `n` rows."""
-        ...
-
-    def select_state(self, state: State, rows: Sequence[int]) -> State:
-        """Keep the given rows of the batch, in that order."""
-        ...
+if TYPE_CHECKING:
+    from ulimi.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -123,7 +92,7 @@ def sample(logits_BV: ArrayLike, sampling: Sampling, rngs: Sequence[np.random.Ge
 
 
 def generate(
-    engine: Engine,
+    engine: "Engine",
     prompt_ids: Sequence[int],
     *,
     sampling: Sampling,
@@ -163,7 +132,7 @@ def generate(
     return _generate(engine, prompt, sampling, max_tokens, num, seed, stops, should_stop)
 
 
-def score_prompt(engine: Engine, ids: Sequence[int]) -> list[Step]:
+def score_prompt(engine: "Engine", ids: Sequence[int]) -> list[Step]:
     """Score the given `ids[1:]`, each after all that stand before it; `ids[0]` is only context.
 
     Nothing is sampled: every `row` is 0, and `sampling_logprob` equals `logprob`, which is -inf for a token that
@@ -187,7 +156,7 @@ def score_prompt(engine: Engine, ids: Sequence[int]) -> list[Step]:
 
 
 def _generate(
-    engine: Engine,
+    engine: "Engine",
     prompt: list[int],
     sampling: Sampling,
     max_tokens: int,

@@ -28,7 +28,9 @@ def summary(run: Run) -> list[tuple[str, str]]:
         rows.append(("started from", meta["init_from"]))
     if metrics:
         best = min(metrics, key=lambda row: row["valid_nll"])
-        rows.append(("training", f"{len(metrics)} epochs in {metrics[-1]['seconds'] / 60:.1f} min, best {best['epoch']}"))
+        rows.append(
+            ("training", f"{len(metrics)} epochs in {metrics[-1]['seconds'] / 60:.1f} min, best {best['epoch']}")
+        )
         rows.append(("curve", curve([row["valid_bits_per_char"] for row in metrics])))
     rows.append(("state", "finished" if training else "not finished: continue with ulimi train … --resume"))
     for name, score in meta.get("scores", {}).items():

@@ -16,6 +16,7 @@ random state when it is given a generator.
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ class WeightDropLSTM(nn.Module):
         self, x_BTI: Tensor, state: LayerState | None = None, rng: torch.Generator | None = None
     ) -> tuple[Tensor, LayerState]:
         """Map (B, T, I) to (B, T, H), starting from `state` or from zeros."""
-        weight_hh = self.lstm.weight_hh_l0
+        weight_hh: Tensor = self.lstm.weight_hh_l0  # type: ignore[assignment]
         if not self.training or self.weight_dropout == 0.0:
             out: tuple[Tensor, LayerState] = self.lstm(x_BTI, state)
             return out
@@ -182,7 +183,7 @@ class AWDLSTM(nn.Module):
         self.output_dropout = output_dropout
         last_size = embedding_size if tie_weights else hidden_size
         widths = [embedding_size, *[hidden_size] * (num_layers - 1), last_size]
-        self.model = _Backbone(vocab_size, embedding_size, list(zip(widths, widths[1:], strict=False)), weight_dropout)
+        self.model = _Backbone(vocab_size, embedding_size, list(pairwise(widths)), weight_dropout)
         self.lm_head = nn.Linear(last_size, vocab_size)
         if tie_weights:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -223,9 +224,7 @@ class AWDLSTM(nn.Module):
         Returns:
             Logits (B, T, V), the new state, and the last layer's output before and after dropout.
         """
-        x = embedding_dropout(
-            tokens_BT, self.model.embed_tokens.weight, self.embedding_dropout, self.training, rng
-        )
+        x = embedding_dropout(tokens_BT, self.model.embed_tokens.weight, self.embedding_dropout, self.training, rng)
         x = locked_dropout(x, self.input_dropout, self.training, rng)
         new_state: State = []
         last = len(self.model.layers) - 1

@@ -6,8 +6,8 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen first: there may be no screen
+matplotlib.use("agg")  # there may be no screen
+from matplotlib import pyplot as plt
 
 
 def plot_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -25,7 +25,9 @@ def plot_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     if averaging:
         axis.axvline(averaging[0], linestyle=":", color="grey", label="first averaged epoch")
     bits = rows[-1]["valid_bits_per_char"] if rows else float("nan")
-    axis.set(xlabel="minutes", ylabel="nats per token", title=f"{len(rows)} epochs, validation {bits:.3f} bits per character")
+    axis.set(
+        xlabel="minutes", ylabel="nats per token", title=f"{len(rows)} epochs, validation {bits:.3f} bits per character"
+    )
     axis.legend()
     axis.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=120)

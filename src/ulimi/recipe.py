@@ -175,6 +175,24 @@ def build_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), *, 
     return recipe
 
 
+def recipe_headline(name: str) -> str:
+    """Give the first comment line of a shipped recipe: what it is for."""
+    text: str = (_recipe_dir() / f"{name}.toml").read_text(encoding="utf-8")
+    return text.splitlines()[0].lstrip("# ")
+
+
+def explain(recipe: Recipe) -> str:
+    """Write all settings as TOML, each under its documentation."""
+    lines: list[str] = []
+    for section, values in recipe.model_dump(mode="json").items():
+        model = getattr(recipe, section)
+        lines += [f"[{section}]  # {(type(model).__doc__ or '').strip()}"]
+        for key, value in values.items():
+            lines += [f"# {type(model).model_fields[key].description}", tomli_w.dumps({key: value}).rstrip()]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Name the settings (``section.key``) in which two recipes differ."""
     before, after = old.model_dump(), new.model_dump()
@@ -205,7 +223,9 @@ def _read_settings(name_or_path: str) -> Mapping[str, Any]:
 def _known_section(section: str, source: str) -> None:
     if section not in Recipe.model_fields:
         known = ", ".join(Recipe.model_fields)
-        raise UlimiError(f"{source}: unknown section {section!r}; known: {known}{nearest(section, Recipe.model_fields)}")
+        raise UlimiError(
+            f"{source}: unknown section {section!r}; known: {known}{nearest(section, Recipe.model_fields)}"
+        )
 
 
 def _parse_override(override: str) -> tuple[str, str, Any]:

@@ -8,7 +8,7 @@ Light floor: the network is whatever `Engine` is given.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -20,9 +20,6 @@ from ulimi.corpus import TextStats, count_stats
 from ulimi.data import Ids
 from ulimi.engine import EVALUATION_WINDOW, Engine
 from ulimi.tokenizer import Tokenizer
-
-LINES_AT_ONCE = 256
-"""lines that `score_lines` holds: sorted by length inside, so that little is padded"""
 
 ROWS_AT_ONCE = 32
 
@@ -58,12 +55,12 @@ class Score:
 
     @property
     def bits_per_char(self) -> float:
-        """nats / ln 2 / characters."""
+        """Nats / ln 2 / characters."""
         return self.nats / math.log(2) / self.num_chars
 
     @property
     def bits_per_byte(self) -> float:
-        """nats / ln 2 / bytes."""
+        """Nats / ln 2 / bytes."""
         return self.nats / math.log(2) / self.num_bytes
 
     def __add__(self, other: "Score") -> "Score":
@@ -87,13 +84,14 @@ class Score:
         }
 
 
-def score_stream(engine: Engine, ids: Ids, eos_id: int) -> float:
+def score_stream(engine: Engine, ids: Ids, eos_id: int, on_tokens: Callable[[int], None] = lambda done: None) -> float:
     """Total nats of a text read as one stream, the state carried from its first token to its last.
 
     Args:
         engine: the network.
         ids: (N,).
         eos_id: what stands before the first token.
+        on_tokens: told how many tokens are done.
     """
     state = engine.initial_state(1)
     nats, before = 0.0, eos_id
@@ -103,16 +101,25 @@ def score_stream(engine: Engine, ids: Ids, eos_id: int) -> float:
         nll_1T, state = engine.nll(inputs_1T, targets_1T, state)
         nats += float(nll_1T.sum(dtype=np.float64))
         before = int(targets_1T[0, -1])
+        on_tokens(start + targets_1T.shape[1])
     return nats
 
 
-def score_lines(engine: Engine, tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[tuple[str, Score]]:
+def score_lines(
+    engine: Engine, tokenizer: Tokenizer, lines: Iterable[str], *, lines_at_once: int = 256
+) -> Iterator[tuple[str, Score]]:
     """Score each line by itself, from a zero state and an <eos>: a stream of (line, score), in order.
 
     Memory is constant; a line's score does not depend on the lines around it.
+
+    Args:
+        engine: the network.
+        tokenizer: its tokenizer.
+        lines: without their line ends.
+        lines_at_once: lines held together, and sorted by length so that little is padded.
     """
     lines = iter(lines)
-    while batch := list(islice(lines, LINES_AT_ONCE)):
+    while batch := list(islice(lines, lines_at_once)):
         ids = tokenizer.encode_lines(batch)
         nats = [0.0] * len(batch)
         by_length = sorted(range(len(batch)), key=lambda i: len(ids[i]))

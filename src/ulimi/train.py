@@ -246,7 +246,7 @@ class Trainer:
             ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
 
             self.optimizer.zero_grad(set_to_none=True)
-            (nll + ar + tar).backward()
+            (nll + ar + tar).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm)
             lr = learning_rate(
                 optim, step=p.step, progress=p.tokens / (tokens_per_epoch * optim.max_epochs), epochs_done=p.epoch,
@@ -356,9 +356,9 @@ class Trainer:
     def _check_finite(self, value: float, what: str, lr: float) -> None:
         if not math.isfinite(value):
             raise UlimiError(
-                f"the {what} loss is {value} in epoch {self.progress.epoch + 1}, step {self.progress.step}, at lr {lr:g} "
-                f"with optim.kind = {self.recipe.optim.kind!r}: try a lower optim.lr; the last good checkpoint in "
-                f"{self.run_dir} is as it was"
+                f"the {what} loss is {value} in epoch {self.progress.epoch + 1}, step {self.progress.step}, at "
+                f"lr {lr:g} with optim.kind = {self.recipe.optim.kind!r}: try a lower optim.lr; the last good "
+                f"checkpoint in {self.run_dir} is as it was"
             )
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -448,18 +448,22 @@ class Trainer:
             "window_rng": self.window_rng.bit_generator.state,
         }
         with atomic_path(self.run_dir / CHECKPOINT) as path:
-            _save_tensors({k: v.contiguous().cpu() for k, v in tensors.items()}, path, {"progress": json.dumps(progress)})
+            _save_tensors(
+                {k: v.contiguous().cpu() for k, v in tensors.items()}, path, {"progress": json.dumps(progress)}
+            )
 
     def _load_checkpoint(self) -> None:
         path = self.run_dir / CHECKPOINT
         try:
-            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(path, framework="pt") as file:
                 progress = json.loads(file.metadata()["progress"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise UlimiError(f"{path}: cannot be read: {error}") from None
         if progress["data_digest"] != self.progress.data_digest:
-            raise UlimiError(f"the corpus is not the one that the run in {self.run_dir} was trained on; resume needs the same text")
+            raise UlimiError(
+                f"the corpus is not the one that the run in {self.run_dir} was trained on; resume needs the same text"
+            )
         num_iterates, window_rng = progress.pop("num_iterates"), progress.pop("window_rng")
         self.progress = Progress(**progress)
         self.window_rng.bit_generator.state = window_rng
@@ -615,4 +619,4 @@ def _open_tensorboard(log_dir: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UlimiError("--tensorboard needs the tensorboard package: pip install 'ulimi[all]'") from None
-    return SummaryWriter(log_dir)  # type: ignore[no-untyped-call]
+    return SummaryWriter(log_dir)

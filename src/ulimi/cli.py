@@ -1,0 +1,468 @@
+"""The command line: `ulimi COMMAND`. Each command imports what it needs when it runs, so that --help is quick.
+
+Results go to standard output, everything else to standard error. A mistake of the user's is one line and exit status 2.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ulimi.errors import UlimiError
+
+if TYPE_CHECKING:
+    from ulimi.run import Run
+    from ulimi.score import Score
+    from ulimi.words import Word
+
+app = typer.Typer(
+    name="ulimi",
+    help="Train, judge and use language models for isiZulu and for languages like it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[Path, typer.Option("--model", "-m", metavar="RUN", help="The run folder.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+
+PROBABILITY_COLOURS = ((0.5, "green"), (0.1, "cyan"), (0.01, "yellow"), (0.001, "magenta"), (0.0, "red"))
+"""a word at least this probable gets this colour"""
+
+
+def main() -> None:
+    """Run the command line; every mistake of the user's ends here."""
+    try:
+        app()
+    except UlimiError as error:
+        _fail(str(error))
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `ulimi score … | head`. Nothing is left to say, and Python would
+        # complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; what was saved before is intact")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"ulimi: error: {message}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)
+
+
+@app.command()
+def train(
+    corpus: Annotated[
+        Path, typer.Argument(help="A folder with train.txt, valid.txt, test.txt, or one text file (split 90/5/5).")
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]…", help="Settings; `ulimi recipe` lists them.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The run folder to make.")] = ...,  # type: ignore[assignment]
+    recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name, or a TOML file.")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Finetune: start from this run's weights and tokenizer.")
+    ] = None,
+    new_tokenizer: Annotated[
+        bool, typer.Option("--new-tokenizer", help="With --init-from: a tokenizer of this corpus's own.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")] = False,
+    device: DeviceOption = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 0,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0.0, help="Time between checkpoints in an epoch.")] = 5.0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+) -> None:
+    """Train a model on a corpus and leave it in a run folder."""
+    _need_training_extra()
+    import torch
+
+    from ulimi.corpus import open_corpus
+    from ulimi.progress import TrainingProgress
+    from ulimi.recipe import build_recipe, load_recipe
+    from ulimi.run import open_run
+    from ulimi.train import Interrupted
+    from ulimi.train import train as run_training
+
+    if new_tokenizer and init_from is None:
+        raise UlimiError("--new-tokenizer goes with --init-from; a run from scratch trains its own tokenizer anyway")
+    if resume and init_from is not None:
+        raise UlimiError("--resume continues the run in --out, which remembers where it started: leave out --init-from")
+    source = open_run(init_from) if init_from is not None else None
+    overrides = settings or []
+    if recipe is not None:
+        chosen = load_recipe(recipe, overrides)
+    elif resume and (out / "recipe.toml").is_file():
+        chosen = build_recipe(open_run(out).recipe, overrides, source=f"{out}/recipe.toml")
+    elif source is not None:
+        base = source.recipe
+        if base["optim"]["kind"] == "nt-asgd":
+            base["optim"]["average_at_start"] = True
+        chosen = build_recipe(base, overrides, source=f"{source.dir}/recipe.toml")
+    else:
+        chosen = load_recipe(None, overrides)
+    if threads:
+        torch.set_num_threads(threads)
+
+    parts = open_corpus(corpus, out / "corpus")
+    report = parts.report
+    with _stop_on_signals() as should_stop, TrainingProgress(chosen.optim.max_epochs) as progress:
+        progress.note(
+            f"{corpus}: {report['train_lines']:,} training, {report['valid_lines']:,} validation, "
+            f"{report['test_lines']:,} test lines; near-duplicates of held-out lines: "
+            f"{report['near_duplicates']:,} kept, {report['near_duplicates_removed']:,} removed from training"
+        )
+        try:
+            score = run_training(
+                parts, out, chosen, init_from=source, new_tokenizer=new_tokenizer, resume=resume, device=device,
+                checkpoint_minutes=checkpoint_minutes, tensorboard=tensorboard, reporter=progress,
+                should_stop=should_stop,
+            )  # fmt: skip
+        except Interrupted:
+            progress.note(f"stopped; everything is saved. Continue with: ulimi train {corpus} --out {out} --resume")
+            raise typer.Exit(130) from None
+    from ulimi.info import score_text
+
+    typer.echo(f"validation, one stream: {score_text(score)}")
+    typer.echo(f"the model is in {out}; try: ulimi generate -m {out}")
+
+
+@app.command()
+def evaluate(
+    files: Annotated[list[Path], typer.Argument(help="Text files, plain, .gz or .zst.")],
+    model: ModelOption,
+    stateless: Annotated[bool, typer.Option("--stateless", help="Each line by itself, not one stream.")] = False,
+    cache: Annotated[bool, typer.Option("--cache", help="Mix in a neural cache.")] = False,
+    cache_theta: Annotated[float, typer.Option(help="Flatness of the cache.")] = 0.6,
+    cache_lambda: Annotated[float, typer.Option(help="Share of the cache.")] = 0.1,
+    cache_window: Annotated[int, typer.Option(help="Tokens that the cache remembers.")] = 2000,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Dynamic evaluation: learn while reading.")] = False,
+    dynamic_lr: Annotated[float, typer.Option(help="Its learning rate.")] = 2e-3,
+    dynamic_decay: Annotated[float, typer.Option(help="Its pull back to the trained weights.")] = 0.02,
+    dynamic_epsilon: Annotated[float, typer.Option(help="Added to the gradients' root mean square.")] = 1e-3,
+    dynamic_window: Annotated[int, typer.Option(help="Tokens scored, then learned from, at once.")] = 20,
+    stats_from: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Training text for --dynamic's gradient statistics.")
+    ] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Score text files: perplexity, bits per character, bits per byte; a row a file and one for all."""
+    from ulimi.progress import counting
+    from ulimi.run import open_run
+    from ulimi.score import Score
+
+    if stateless and (cache or dynamic):
+        raise UlimiError("--stateless reads each line by itself; --cache and --dynamic need one stream")
+    run = open_run(model)
+    score_file: Callable[[Path, Callable[[int], None]], Score]
+    if cache or dynamic:
+        _need_training_extra()
+        from ulimi.adapt import Cache, Dynamic
+
+        score_file = _adaptive_scorer(
+            run, device, stats_from,
+            Cache(cache_theta, cache_lambda, cache_window) if cache else None,
+            Dynamic(dynamic_lr, dynamic_decay, dynamic_epsilon, dynamic_window) if dynamic else None,
+        )  # fmt: skip
+    else:
+        score_file = _static_scorer(run, device, stateless)
+    scores: dict[str, Score] = {}
+    for path in files:
+        with counting(f"reading {path}") as on_tokens:
+            scores[str(path)] = score_file(path, on_tokens)
+        if as_json:
+            typer.echo(json.dumps({"file": str(path), **scores[str(path)].as_dict()}))
+    if len(files) > 1:
+        total = sum(list(scores.values())[1:], start=next(iter(scores.values())))
+        scores["all"] = total
+        if as_json:
+            typer.echo(json.dumps({"file": "all", **total.as_dict()}))
+    if not as_json:
+        _print_scores(scores)
+
+
+def _static_scorer(run: "Run", device: str, stateless: bool) -> "Callable[[Path, Callable[[int], None]], Score]":
+    from ulimi.corpus import read_lines
+    from ulimi.data import encode_file
+    from ulimi.engine import load_engine
+    from ulimi.score import Score, score_lines, score_stream
+
+    engine = load_engine(run, device)
+
+    def score_file(path: Path, on_tokens: Callable[[int], None]) -> Score:
+        text = encode_file(path, run.tokenizer)
+        _warn_unknown(path, text.num_unknown)
+        if not stateless:
+            nats = score_stream(engine, text.ids, run.tokenizer.eos_id, on_tokens)
+            return Score.of(nats, len(text.ids), text.stats)
+        nats, done = 0.0, 0
+        for _, score in score_lines(engine, run.tokenizer, read_lines(path)):
+            nats += score.nats
+            done += score.num_tokens
+            on_tokens(done)
+        return Score.of(nats, len(text.ids), text.stats)
+
+    return score_file
+
+
+def _adaptive_scorer(
+    run: "Run", device: str, stats_from: Path | None, cache: Any, dynamic: Any
+) -> "Callable[[Path, Callable[[int], None]], Score]":
+    from ulimi.adapt import run_stats, score_adaptive
+    from ulimi.data import encode_file
+    from ulimi.engine import load_model
+    from ulimi.progress import counting
+    from ulimi.score import Score
+    from ulimi.train import choose_device
+
+    model = load_model(run, choose_device(device))
+    stats = None
+    if dynamic is not None:
+        with counting("gradient statistics of the training text, batch") as on_batches:
+            stats = run_stats(run, model, stats_from, on_batches)
+
+    def score_file(path: Path, on_tokens: Callable[[int], None]) -> Score:
+        text = encode_file(path, run.tokenizer)
+        _warn_unknown(path, text.num_unknown)
+        nats = score_adaptive(
+            model, text.ids, run.tokenizer.eos_id, cache=cache, dynamic=dynamic, stats=stats, on_tokens=on_tokens
+        )
+        return Score.of(nats, len(text.ids), text.stats)
+
+    return score_file
+
+
+@app.command()
+def score(
+    model: ModelOption,
+    file: Annotated[str, typer.Argument(help="A text file; - is standard input.")] = "-",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Score each line by itself: a row a line, for filtering corpora and ranking candidates."""
+    from ulimi.corpus import read_lines
+    from ulimi.engine import load_engine
+    from ulimi.run import open_run
+    from ulimi.score import score_lines
+
+    run = open_run(model)
+    engine = load_engine(run, device)
+    # Who types lines wants each answer at once; a file is faster in batches.
+    at_once = 1 if file == "-" and sys.stdin.isatty() else 256
+    if not as_json:
+        typer.echo("nats\ttokens\tchars\tbits_per_char\ttext")
+    for line, line_score in score_lines(engine, run.tokenizer, read_lines(file), lines_at_once=at_once):
+        if as_json:
+            typer.echo(json.dumps({"text": line, **line_score.as_dict()}, ensure_ascii=False))
+        else:
+            s = line_score
+            typer.echo(f"{s.nats:.4f}\t{s.num_tokens}\t{s.num_chars}\t{s.bits_per_char:.4f}\t{line}")
+
+
+@app.command()
+def generate(
+    model: ModelOption,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]…", help="None: a new text.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="Texts a prompt.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest text, in tokens after the prompt.")] = 100,
+    temperature: Annotated[float, typer.Option(help="Below 1 surer, above more varied, 0 the likeliest.")] = 0.7,
+    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 = all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that hold this much; 1 = all.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help=r"End before this string (\n: line end); may be repeated.")
+    ] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Show how probable each word was.")] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Write text, whole words as they come."""
+    import secrets
+
+    from ulimi.engine import load_engine
+    from ulimi.generate import Sampling
+    from ulimi.run import open_run
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    stops = [text.replace("\\n", "\n") for text in stop or []]
+    if "" in stops:
+        raise UlimiError("--stop '': an empty stop string would end every text at once")
+    run = open_run(model)
+    engine = load_engine(run, device)
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+        typer.echo(f"seed {seed}", err=True)
+    for index, prompt in enumerate(prompts or [""]):
+        if index and not as_json:
+            typer.echo("")
+        _generate_one(run, engine, prompt, sampling, num, max_tokens, seed, stops, probabilities, as_json)
+
+
+def _generate_one(
+    run: "Run", engine: Any, prompt: str, sampling: Any, num: int, max_tokens: int, seed: int, stops: list[str],
+    probabilities: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write the texts of one prompt: one as it comes, several each when it is complete."""
+    from ulimi.generate import generate as generate_ids
+    from ulimi.generate import score_prompt
+    from ulimi.words import WordWriter, group_words
+
+    tokenizer = run.tokenizer
+    # A space belongs to the token after it: the model would never follow a lone one with a word.
+    prompt = prompt.rstrip(" ")
+    # Every text starts after a line's end, and so does every prompt.
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    prompt_words: list[tuple[str, Word | None]] = [(prompt, None)]
+    if probabilities and prompt:
+        scored = group_words(tokenizer, [(step.id, step.logprob) for step in score_prompt(engine, ids)])
+        prompt_words = [(word.text, word) for word in scored]
+    writers = [WordWriter(tokenizer, stops) for _ in range(num)]
+    words: list[list[Word]] = [[] for _ in range(num)]
+    streaming = num == 1 and not as_json
+    if streaming:
+        _echo_words(prompt_words, probabilities)
+    for step in generate_ids(
+        engine, ids, sampling=sampling, max_tokens=max_tokens, num=num, seed=seed,
+        should_stop=lambda row, _: writers[row].stopped,
+    ):  # fmt: skip
+        for word in writers[step.row].push(step.id, step.logprob):
+            words[step.row].append(word)
+            if streaming:
+                _echo_words([(word.text, word)], probabilities)
+    for row, writer in enumerate(writers):
+        rest = list(writer.flush())
+        words[row].extend(rest)
+        if streaming:
+            _echo_words([(word.text, word) for word in rest], probabilities)
+            typer.echo("")
+        elif as_json:
+            record: dict[str, Any] = {
+                "prompt": prompt,
+                "text": prompt + "".join(word.text for word in words[row]),
+                "seed": seed,
+                "index": row,
+                "nats": -sum(word.logprob for word in words[row]),
+                "num_tokens": sum(word.num_tokens for word in words[row]),
+            }
+            if probabilities:
+                record["words"] = [
+                    {"text": word.text, "probability": math.exp(word.logprob), "num_tokens": word.num_tokens}
+                    for word in [*(known for _, known in prompt_words if known is not None), *words[row]]
+                ]
+            typer.echo(json.dumps(record, ensure_ascii=False))
+        else:
+            if row:
+                typer.echo("")
+            _echo_words([*prompt_words, *((word.text, word) for word in words[row])], probabilities)
+            typer.echo("")
+
+
+def _echo_words(words: "Sequence[tuple[str, Word | None]]", probabilities: bool) -> None:
+    """Print words without a line end; with their probabilities, in colour on a terminal and in brackets elsewhere."""
+    for text, word in words:
+        if not probabilities or word is None or not text.strip():
+            typer.echo(text, nl=False)
+            continue
+        p = math.exp(word.logprob)
+        colour = next(name for least, name in PROBABILITY_COLOURS if p >= least)
+        body = text.lstrip()
+        typer.echo(text[: len(text) - len(body)] + typer.style(body, fg=colour) + f"[{p:.2g}]", nl=False)
+    sys.stdout.flush()
+
+
+@app.command()
+def info(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")], as_json: JsonOption = False
+) -> None:
+    """Say what a run is: how it was trained, its scores, its curve."""
+    from ulimi.info import summary
+    from ulimi.run import open_run
+
+    opened = open_run(run)
+    if as_json:
+        facts = {**opened.meta, "config": opened.config, "recipe": opened.recipe, "metrics": opened.metrics()}
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    rows = summary(opened)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+@app.command()
+def recipe(
+    name: Annotated[str | None, typer.Argument(help="A shipped recipe's name, or a TOML file.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]…")] = None,
+) -> None:
+    """Print a recipe complete, each setting explained; without a name, list the recipes that come with ulimi."""
+    _need_training_extra()
+    from ulimi.recipe import explain, load_recipe, recipe_headline, recipe_names
+
+    if name is None:
+        for known in recipe_names():
+            typer.echo(f"{known:<16} {recipe_headline(known)}")
+        return
+    typer.echo(explain(load_recipe(None if name == "default" else name, settings or [])))
+
+
+def _print_scores(scores: "dict[str, Score]") -> None:
+    header = ("file", "tokens", "chars", "nats", "ppl/token", "ppl/word", "bits/char", "bits/byte")
+    rows = [header] + [
+        (
+            name, f"{s.num_tokens:,}", f"{s.num_chars:,}", f"{s.nats:.1f}", f"{s.perplexity:.2f}",
+            f"{s.word_perplexity:.1f}", f"{s.bits_per_char:.4f}", f"{s.bits_per_byte:.4f}",
+        )
+        for name, s in scores.items()
+    ]  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        typer.echo("  ".join(cells))
+
+
+def _warn_unknown(path: Path, num_unknown: int) -> None:
+    if num_unknown:
+        typer.echo(
+            f"ulimi: note: {path}: {num_unknown:,} words are <unk> to this model's closed vocabulary; "
+            "its figures compare only with models of the same vocabulary",
+            err=True,
+        )
+
+
+def _need_training_extra() -> None:
+    from importlib.util import find_spec
+
+    for module in ("torch", "safetensors", "pydantic", "tomli_w", "matplotlib"):
+        if find_spec(module) is None:
+            raise UlimiError(f"this command needs {module}: pip install 'ulimi[train]'")
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a wish to stop, so that no step is cut in two; a second one ends us."""
+    wished = False
+
+    def wish(number: int, _frame: Any) -> None:
+        nonlocal wished
+        wished = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: wished
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

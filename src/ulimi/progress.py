@@ -1,0 +1,90 @@
+"""What a person sees while something runs: a live bar on a terminal, plain lines elsewhere. All on standard error."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ulimi.train import Progress as RunProgress
+
+SECONDS_BETWEEN_LINES = 30
+"""where no bar can be drawn"""
+
+
+class TrainingProgress:
+    """`ulimi.train.Reporter` for people."""
+
+    def __init__(self, max_epochs: int) -> None:
+        self._max_epochs = max_epochs
+        self._console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%  {task.fields[speed]}  loss {task.fields[loss]}  lr {task.fields[lr]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, epoch="1", speed="", loss="", lr="", visible=False)
+        self._last: tuple[float, int] | None = None
+        self._last_line = time.perf_counter()
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, progress: "RunProgress", total_tokens: int, nll: float, lr: float) -> None:
+        """Move the bar; the time left is that of the epoch."""
+        now = time.perf_counter()
+        speed = ""
+        if self._last is not None:
+            speed = f"{(progress.tokens - self._last[1]) / (now - self._last[0]):,.0f} tokens/s"
+        self._last = (now, progress.tokens)
+        epoch = f"{progress.epoch + 1}/{self._max_epochs}"
+        loss, rate = f"{nll:.3f}", f"{lr:.3g}"
+        if self._console.is_terminal:
+            self._bar.update(
+                self._task, total=total_tokens, completed=progress.epoch_tokens, epoch=epoch, speed=speed, loss=loss,
+                lr=rate, visible=True,
+            )  # fmt: skip
+        elif now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            share = progress.epoch_tokens / total_tokens
+            self.note(f"epoch {epoch} {share:4.0%}  {speed}  loss {loss}  lr {rate}")
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Print an epoch's figures."""
+        self._last = None
+        self._last_line = time.perf_counter()
+        marks = ("  averaged" if row["averaging"] else "") + ("  best" if row["best"] else "")
+        self.note(
+            f"epoch {row['epoch']:>3}  {row['seconds'] / 60:6.1f} min  lr {row['lr']:.3g}  "
+            f"train {row['train_nll']:.3f}  "
+            f"valid {row['valid_nll']:.3f} nats/token, ppl {row['valid_perplexity']:.1f}, "
+            f"{row['valid_bits_per_char']:.4f} bits/char{marks}"
+        )
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int], None]]:
+    """Show a running count of something that takes a while, on a terminal only."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done: None
+        return
+    with console.status(what) as status:
+        yield lambda done: status.update(f"{what}: {done:,}")
