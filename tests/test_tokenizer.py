@@ -147,6 +147,11 @@ def test_every_byte_is_a_token_and_words_are_never_joined(kind):
     assert any(len(token) > 3 for token in tokens)
 
 
+@pytest.mark.parametrize(("kind", "vocab_size"), [("bpe", 257), ("bpe", 270), ("unigram", 258), ("unigram", 270)])
+def test_vocab_size_is_what_was_asked_for(kind, vocab_size):
+    assert Tokenizer.train(LINES, kind=kind, vocab_size=vocab_size).vocab_size == vocab_size
+
+
 def test_a_frequent_isizulu_word_is_one_token_with_its_space():
     tokenizer = Tokenizer.train(["Ngiya eNingizimu, eNingizimu"] * 5, vocab_size=400)
     pieces = [tokenizer.piece(id) for id in tokenizer.encode("Ngiya eNingizimu, eNingizimu")]
@@ -258,7 +263,7 @@ def test_stream_of_words_waits_for_none():
     [
         (LINES, {"kind": "uni-gram", "vocab_size": 300}, r"kind is 'uni-gram'; .*did you mean 'unigram'\?"),
         (LINES, {}, "vocab_size is not given; .*at least 257"),
-        (LINES, {"kind": "unigram", "vocab_size": 256}, "vocab_size is 256; .*at least 257"),
+        (LINES, {"kind": "unigram", "vocab_size": 257}, "vocab_size is 257; .*at least 258"),
         (LINES, {"kind": "char", "vocab_size": 256}, "vocab_size is 256; .*at least 257"),
         (LINES, {"kind": "word", "vocab_size": 2}, "vocab_size is 2; .*at least 3"),
         (LINES, {"kind": "word", "min_frequency": 0}, "min_frequency is 0"),

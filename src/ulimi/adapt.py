@@ -4,7 +4,8 @@
   (arXiv 1612.04426). Nothing is trained: recent hidden states vote for the tokens that followed them.
 - Dynamic evaluation: Krause, Kahembwe, Murray & Renals 2017, "Dynamic Evaluation of Neural Sequence Models"
   (arXiv 1709.07432), the RMS rule with decay back to the trained weights. Each segment is scored before it is learned
-  from, so the score is honest; static and dynamic figures belong in different columns.
+  from, so the score is honest; static and dynamic figures belong in different columns. Where paper and program differ,
+  this follows the program (benkrause/dynamic-evaluation): see `_Updater`.
 
 Both read one stream. Settings are tuned on validation text only. Legend: as in `ulimi.model`, W cache window.
 """
@@ -43,7 +44,7 @@ class Cache:
     """states remembered, in tokens"""
 
     def __post_init__(self) -> None:
-        _check("--cache-theta", self.theta, self.theta >= 0, "a number from 0 on")
+        _check("--cache-theta", self.theta, 0 <= self.theta < math.inf, "a number from 0 on")
         _check("--cache-lambda", self.lambda_, 0 <= self.lambda_ < 1, "a number from 0 to below 1")
         _check("--cache-window", self.window, self.window >= 1, "a whole number from 1 on")
 
@@ -85,7 +86,7 @@ def score_adaptive(
     """Total nats of a text read as one stream by a model that adapts while it reads.
 
     Args:
-        model: the network; its weights are as before when this returns, and after an error.
+        model: the network; its weights and mode are as before when this returns, and after an error.
         ids: (N,).
         eos_id: what stands before the first token.
         cache: mix in a neural cache.
@@ -97,12 +98,10 @@ def score_adaptive(
         raise ValueError("dynamic evaluation needs gradient statistics")
     window = dynamic.window if dynamic is not None else 256
     device = model.lm_head.bias.device
-    was_training = model.training
-    model.eval()
     memory = None if cache is None else _Memory(cache)
     state: State = model.initial_state(1)
     nats, before = 0.0, eos_id
-    with restored(model), torch.set_grad_enabled(dynamic is not None):
+    with restored(model), without_dropout(model), torch.set_grad_enabled(dynamic is not None):
         updater = None if dynamic is None or stats is None else _Updater(model, dynamic, stats)
         for start in range(0, len(ids), window):
             targets_1T = torch.from_numpy(np.asarray(ids[start : start + window], dtype=np.int64))[None].to(device)
@@ -117,7 +116,6 @@ def score_adaptive(
                 updater.step(nll)
             state, before = detach_state(out.state), int(targets_1T[0, -1])
             on_tokens(start + targets_1T.size(1))
-    model.train(was_training)
     return nats
 
 
@@ -157,8 +155,13 @@ class _Memory:
 class _Updater:
     """One step of the RMS rule: down the scaled gradient, and back towards the trained weights.
 
-    The gradient is that of the segment's mean loss. A parameter whose gradients were large in training moves less, and
-    is pulled back more: decay is scaled by its RMS over the mean RMS of all parameters, at most to 1.
+    The gradient is that of the segment's mean loss. A weight whose gradients were large in training moves less, and is
+    pulled back more: decay is scaled by its RMS over the mean RMS, at most to 1.
+
+    That mean is taken as in the authors' program, over parameter tensors of each one's mean: a bias counts as much as
+    an embedding. The paper's formula reads as a mean over all weights alike, which is one constant factor in `decay`.
+    The program's present units are meant; settings published with its `--oldhyper` are converted as it does: lr and
+    epsilon over the root of the number of batches in the statistics, decay over the number of parameter tensors.
     """
 
     def __init__(self, model: AWDLSTM, settings: Dynamic, stats: Stats) -> None:
@@ -168,7 +171,7 @@ class _Updater:
             raise UlimiError("the gradient statistics are of another network than this one")
         device = model.lm_head.bias.device
         rms = [stats[n].to(device).sqrt() for n in named]
-        mean = sum(r.sum(dtype=torch.float64).item() for r in rms) / sum(r.numel() for r in rms)
+        mean = sum(r.mean(dtype=torch.float64).item() for r in rms) / len(rms)
         self._start = [p.detach().clone() for p in self._parameters]
         self._rate = [settings.lr / (r + settings.epsilon) for r in rms]
         self._decay = [(settings.decay * r / mean).clamp(max=1.0) for r in rms]
@@ -192,6 +195,19 @@ def restored(model: AWDLSTM) -> Iterator[None]:
         with torch.no_grad():
             for parameter, weight in zip(model.parameters(), own, strict=True):
                 parameter.copy_(weight)
+
+
+@contextmanager
+def without_dropout(model: AWDLSTM) -> Iterator[None]:
+    """Turn dropout off, yet let gradients be taken, until the block ends, whichever way it ends."""
+    was_training = model.training
+    model.eval()
+    for layer in model.layers:
+        layer.lstm.train()  # has no dropout of its own; cuDNN gives no gradients in evaluation mode
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def gradient_stats(
@@ -222,18 +238,16 @@ def gradient_stats(
     starts = list(range(0, streams_BS.shape[1] - bptt, bptt))
     chosen = starts[:: max(1, len(starts) // max_batches)][:max_batches]
     squares = [torch.zeros_like(p) for p in model.parameters()]
-    was_training = model.training
-    model.eval()
     state: State | None = None
-    for done, start in enumerate(chosen, 1):
-        chunk = torch.from_numpy(streams_BS[:, start : start + bptt + 1].astype(np.int64)).to(device)
-        out = model(chunk[:, :-1], state)
-        nll = F.cross_entropy(out.logits.flatten(0, 1), chunk[:, 1:].flatten())
-        gradients = torch.autograd.grad(nll, list(model.parameters()))
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 / len(chosen))
-        state = detach_state(out.state)
-        on_batches(done)
-    model.train(was_training)
+    with without_dropout(model):
+        for done, start in enumerate(chosen, 1):
+            chunk = torch.from_numpy(streams_BS[:, start : start + bptt + 1].astype(np.int64)).to(device)
+            out = model(chunk[:, :-1], state)
+            nll = F.cross_entropy(out.logits.flatten(0, 1), chunk[:, 1:].flatten())
+            gradients = torch.autograd.grad(nll, list(model.parameters()))
+            torch._foreach_addcmul_(squares, gradients, gradients, 1 / len(chosen))
+            state = detach_state(out.state)
+            on_batches(done)
     return {name: square for (name, _), square in zip(model.named_parameters(), squares, strict=True)}
 
 

@@ -4,7 +4,8 @@
 PyTorch, which is imported where an engine is made and not before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -70,8 +71,7 @@ class TorchEngine:
         """Read one id a stream, (B,); give the logits of the next, (B, V)."""
         import torch
 
-        # For a single step oneDNN repacks all weights at each call; PyTorch's own path is several times as fast.
-        with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=False):
+        with torch.inference_mode(), _without_onednn():
             out = self._model(torch.from_numpy(ids_B).to(self._device)[:, None], state)
         return out.logits[:, -1].float().cpu().numpy(), out.state
 
@@ -109,6 +109,22 @@ class TorchEngine:
         return [(h[:, list(rows)].contiguous(), c[:, list(rows)].contiguous()) for h, c in state]
 
 
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Take PyTorch's own path on a CPU: for a single step oneDNN repacks all weights at each call.
+
+    `torch.backends.mkldnn.flags` would do, but it also sets TF32, and warns that there is no Intel GPU.
+    """
+    import torch
+
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
     """Build a run's network with its best weights, in evaluation mode.
 
@@ -125,12 +141,14 @@ def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UlimiError(f"{path}: cannot be read: {error}") from None
-    model = AWDLSTM(**run.config)
-    if run.config["tie_weights"]:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     try:
+        model = AWDLSTM(**run.config)
+        if model.tie_weights:
+            if "lm_head.weight" in weights:
+                raise KeyError("lm_head.weight is there, and tie_weights is true")
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         model.load_state_dict(weights)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise UlimiError(f"{path} does not fit {run.dir}/config.json: {str(error).splitlines()[-1].strip()}") from None
     return model.to(device).eval()
 

@@ -16,7 +16,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ("run", str(run.dir)),
         ("made by", f"ulimi {meta['ulimi']}" + (f" ({meta['commit']})" if meta.get("commit") else "")),
         ("created", meta["created"]),
-        ("machine", f"{meta['machine']['cpu']}, {meta['machine']['threads']} threads, {meta['machine']['device']}"),
+        ("machine", f"{meta['machine']['cpu']}, {meta['machine']['device']}, threads: {meta['machine']['threads']}"),
         ("network", f"AWD-LSTM, {meta['num_parameters'] / 1e6:.1f}M parameters: embedding {config['embedding_size']}, "
                     f"{config['num_layers']} layers of {config['hidden_size']}"
                     + (", tied" if config["tie_weights"] else "")),

@@ -38,8 +38,14 @@ PATTERN = r" ?\p{L}[\p{L}\p{M}]*|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s
 WHITESPACE = r"[\s\x1c-\x1f\u0085]+"
 
 NUM_BYTES = 256
-_MIN_VOCAB_SIZE = {"bpe": NUM_BYTES + 1, "unigram": NUM_BYTES + 1, "word": 3, "char": NUM_BYTES + 1}
-_MIN_VOCAB_MEANS = {"bpe": "256 bytes", "unigram": "256 bytes", "word": "one word, <unk>", "char": "256 bytes"}
+# Asked for the 256 bytes alone, the unigram trainer keeps all pieces instead; so it needs one more.
+_MIN_VOCAB_SIZE = {"bpe": 257, "unigram": 258, "word": 3, "char": 257}
+_MIN_VOCAB_MEANS = {
+    "bpe": "256 bytes",
+    "unigram": "256 bytes, a piece",
+    "word": f"a word, {UNK}",
+    "char": "256 bytes",
+}
 _MODELS = {"bpe": "BPE", "unigram": "Unigram", "word": "WordLevel", "char": "BPE"}
 _BATCH_LINES = 4096  # a backend's Encoding is many times the size of its ids; hold few at once
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(NUM_BYTES)}
@@ -362,9 +368,10 @@ def _train_bpe(lines: Iterator[str], vocab_size: int, min_frequency: int) -> tok
 def _train_unigram(lines: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
     """Train, then settle what the trainer leaves to thread and hash order, so that runs agree.
 
-    The pieces agree between runs, but the last bits of their scores do not, and the bytes that the
-    text lacks get scores up to 0.0256 above the lowest in an arbitrary order. So scores are rounded
-    (which also lets them survive JSON exactly), those bytes share the lowest, and ties are ordered.
+    In all that was tried, runs agree on the pieces, but not on the last bits of their scores, and
+    the bytes that the text lacks get scores up to 0.0256 above the lowest in an arbitrary order. So
+    scores are rounded (which also lets them survive JSON exactly), those bytes share the lowest,
+    and ties are ordered.
     """
     backend = _byte_level(models.Unigram())
     alphabet = list(_BYTE_ALPHABET)
