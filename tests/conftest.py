@@ -13,10 +13,11 @@ from ulimi.train import train
 
 torch.set_num_threads(1)
 
-WORDS = """
-abantu abantwana umfundi uthisha izingane inja ikati umlimi amanzi ukudla incwadi isikole ekhaya edolobheni
-bafunda uyafunda bahamba uhamba uthanda bathanda uyathenga bayadla kakhulu namhlanje izolo futhi kodwa ngoba
-""".split()
+WORDS = (
+    "abantu", "abantwana", "umfundi", "uthisha", "izingane", "inja", "ikati", "umlimi", "amanzi", "ukudla", "incwadi",
+    "isikole", "ekhaya", "edolobheni", "bafunda", "uyafunda", "bahamba", "uhamba", "uthanda", "bathanda", "uyathenga",
+    "bayadla", "kakhulu", "namhlanje", "izolo", "futhi", "kodwa", "ngoba",
+)  # fmt: skip
 
 TINY = (
     "tokenizer.vocab_size=320",

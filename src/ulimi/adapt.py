@@ -10,7 +10,6 @@
 Both read one stream. Settings are tuned on validation text only. Legend: as in `ulimi.model`, W cache window.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,10 +145,10 @@ class _Memory:
         log_p_vocab = torch.log_softmax(logits_TV, 1).gather(1, targets_T[:, None])[:, 0]
         empty_T = ~visible_TN.any(1)
         log_p_cache = torch.where(empty_T, -torch.inf, log_p_cache)
-        log_1_minus = torch.where(empty_T, 0.0, math.log1p(-cache.lambda_))
+        log_p_vocab = torch.where(empty_T, log_p_vocab, log_p_vocab + math.log1p(-cache.lambda_))
         log_lambda = math.log(cache.lambda_) if cache.lambda_ > 0 else -math.inf
         self._keys_WE, self._next_W = keys_NE[-cache.window :], next_N[-cache.window :]
-        return -torch.logaddexp(log_1_minus + log_p_vocab, log_lambda + log_p_cache)
+        return -torch.logaddexp(log_p_vocab, log_lambda + log_p_cache)
 
 
 class _Updater:
@@ -266,9 +265,7 @@ def run_stats(
         UlimiError: the training text is not where the run remembers it.
     """
     # Weights that were trained on since have other statistics: the file's name carries the weights' hash.
-    with run.weights_path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    kept = run.dir / f"gradient_stats.{digest}.safetensors"
+    kept = run.dir / f"gradient_stats.{run.weights_sha256[:16]}.safetensors"
     if train_path is None and kept.is_file():
         known: Stats = load_file(kept)
         return known

@@ -3,13 +3,15 @@
 Results go to standard output, everything else to standard error. A mistake of the user's is one line and exit status 2.
 """
 
+import hashlib
 import json
 import math
-import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,7 @@ import typer
 from ulimi.errors import UlimiError
 
 if TYPE_CHECKING:
+    from ulimi.engine import Engine
     from ulimi.run import Run
     from ulimi.score import Score
     from ulimi.words import Word
@@ -34,23 +37,29 @@ app = typer.Typer(
 
 ModelOption = Annotated[Path, typer.Option("--model", "-m", metavar="RUN", help="The run folder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+EngineOption = Annotated[str, typer.Option(help="auto, onnx (int8) or torch.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 PROBABILITY_COLOURS = ((0.5, "green"), (0.1, "cyan"), (0.01, "yellow"), (0.001, "magenta"), (0.0, "red"))
 """a word at least this probable gets this colour"""
 
 
+# Typer exports only this descendant of the exception that all mistakes in options and arguments are.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
 def main() -> None:
     """Run the command line; every mistake of the user's ends here."""
     try:
-        app()
+        sys.exit(app(prog_name="ulimi", standalone_mode=False))
     except UlimiError as error:
         _fail(str(error))
-    except BrokenPipeError:
-        # The reader of our output has gone, as in `ulimi score … | head`. Nothing is left to say, and Python would
-        # complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        command = error.ctx.command_path if error.ctx is not None else "ulimi"
+        _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; what was saved before is intact")
@@ -93,7 +102,7 @@ def train(
     from ulimi.progress import TrainingProgress
     from ulimi.recipe import build_recipe, load_recipe
     from ulimi.run import open_run
-    from ulimi.train import Interrupted
+    from ulimi.train import Interrupted, claim_folder
     from ulimi.train import train as run_training
 
     if new_tokenizer and init_from is None:
@@ -108,7 +117,7 @@ def train(
         chosen = build_recipe(open_run(out).recipe, overrides, source=f"{out}/recipe.toml")
     elif source is not None:
         base = source.recipe
-        if base["optim"]["kind"] == "nt-asgd":
+        if base.get("optim", {}).get("kind") == "nt-asgd":
             base["optim"]["average_at_start"] = True
         chosen = build_recipe(base, overrides, source=f"{source.dir}/recipe.toml")
     else:
@@ -116,23 +125,27 @@ def train(
     if threads:
         torch.set_num_threads(threads)
 
-    parts = open_corpus(corpus, out / "corpus")
-    report = parts.report
-    with _stop_on_signals() as should_stop, TrainingProgress(chosen.optim.max_epochs) as progress:
-        progress.note(
-            f"{corpus}: {report['train_lines']:,} training, {report['valid_lines']:,} validation, "
-            f"{report['test_lines']:,} test lines; near-duplicates of held-out lines: "
-            f"{report['near_duplicates']:,} kept, {report['near_duplicates_removed']:,} removed from training"
-        )
-        try:
-            score = run_training(
-                parts, out, chosen, init_from=source, new_tokenizer=new_tokenizer, resume=resume, device=device,
-                checkpoint_minutes=checkpoint_minutes, tensorboard=tensorboard, reporter=progress,
-                should_stop=should_stop,
-            )  # fmt: skip
-        except Interrupted:
-            progress.note(f"stopped; everything is saved. Continue with: ulimi train {corpus} --out {out} --resume")
-            raise typer.Exit(130) from None
+    # A wrong command must not replace the split that a run in --out was trained on.
+    claim_folder(out, chosen, resume=resume, init_from=source)
+    with tempfile.TemporaryDirectory(prefix="ulimi-") as scratch:
+        another_text = resume and _is_of_another_text(out / "corpus", corpus)
+        parts = open_corpus(corpus, Path(scratch) if another_text else out / "corpus")
+        report = parts.report
+        with _stop_on_signals() as should_stop, TrainingProgress(chosen.optim.max_epochs) as progress:
+            progress.note(
+                f"{corpus}: {report['train_lines']:,} training, {report['valid_lines']:,} validation, "
+                f"{report['test_lines']:,} test lines; near-duplicates of held-out lines: "
+                f"{report['near_duplicates']:,} kept, {report['near_duplicates_removed']:,} removed from training"
+            )
+            try:
+                score = run_training(
+                    parts, out, chosen, init_from=source, new_tokenizer=new_tokenizer, resume=resume, device=device,
+                    checkpoint_minutes=checkpoint_minutes, tensorboard=tensorboard, reporter=progress,
+                    should_stop=should_stop,
+                )  # fmt: skip
+            except Interrupted:
+                progress.note(f"stopped; everything is saved. Continue with: ulimi train {corpus} --out {out} --resume")
+                raise typer.Exit(130) from None
     from ulimi.info import score_text
 
     typer.echo(f"validation, one stream: {score_text(score)}")
@@ -156,14 +169,18 @@ def evaluate(
     stats_from: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Training text for --dynamic's gradient statistics.")
     ] = None,
+    engine: EngineOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Score text files: perplexity, bits per character, bits per byte; a row a file and one for all."""
+    from ulimi.engine import load_engine
     from ulimi.progress import counting
     from ulimi.run import open_run
     from ulimi.score import Score
 
+    if engine == "onnx" and (cache or dynamic):
+        raise UlimiError("--engine onnx: --cache and --dynamic look inside the network and need --engine torch")
     if stateless and (cache or dynamic):
         raise UlimiError("--stateless reads each line by itself; --cache and --dynamic need one stream")
     run = open_run(model)
@@ -178,7 +195,9 @@ def evaluate(
             Dynamic(dynamic_lr, dynamic_decay, dynamic_epsilon, dynamic_window) if dynamic else None,
         )  # fmt: skip
     else:
-        score_file = _static_scorer(run, device, stateless)
+        # A figure is that of the weights where they can be run, not of their int8 copy.
+        kind = "torch" if engine == "auto" and find_spec("torch") is not None else engine
+        score_file = _static_scorer(run, load_engine(run, device, kind=kind), stateless)
     scores: dict[str, Score] = {}
     for path in files:
         with counting(f"reading {path}") as on_tokens:
@@ -194,13 +213,10 @@ def evaluate(
         _print_scores(scores)
 
 
-def _static_scorer(run: "Run", device: str, stateless: bool) -> "Callable[[Path, Callable[[int], None]], Score]":
+def _static_scorer(run: "Run", engine: "Engine", stateless: bool) -> "Callable[[Path, Callable[[int], None]], Score]":
     from ulimi.corpus import read_lines
     from ulimi.data import encode_file
-    from ulimi.engine import load_engine
     from ulimi.score import Score, score_lines, score_stream
-
-    engine = load_engine(run, device)
 
     def score_file(path: Path, on_tokens: Callable[[int], None]) -> Score:
         text = encode_file(path, run.tokenizer)
@@ -223,10 +239,9 @@ def _adaptive_scorer(
 ) -> "Callable[[Path, Callable[[int], None]], Score]":
     from ulimi.adapt import run_stats, score_adaptive
     from ulimi.data import encode_file
-    from ulimi.engine import load_model
+    from ulimi.engine import choose_device, load_model
     from ulimi.progress import counting
     from ulimi.score import Score
-    from ulimi.train import choose_device
 
     model = load_model(run, choose_device(device))
     stats = None
@@ -249,6 +264,7 @@ def _adaptive_scorer(
 def score(
     model: ModelOption,
     file: Annotated[str, typer.Argument(help="A text file; - is standard input.")] = "-",
+    engine: EngineOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -259,12 +275,12 @@ def score(
     from ulimi.score import score_lines
 
     run = open_run(model)
-    engine = load_engine(run, device)
+    scorer = load_engine(run, device, kind=engine)
     # Who types lines wants each answer at once; a file is faster in batches.
     at_once = 1 if file == "-" and sys.stdin.isatty() else 256
     if not as_json:
         typer.echo("nats\ttokens\tchars\tbits_per_char\ttext")
-    for line, line_score in score_lines(engine, run.tokenizer, read_lines(file), lines_at_once=at_once):
+    for line, line_score in score_lines(scorer, run.tokenizer, read_lines(file), lines_at_once=at_once):
         if as_json:
             typer.echo(json.dumps({"text": line, **line_score.as_dict()}, ensure_ascii=False))
         else:
@@ -286,6 +302,7 @@ def generate(
         list[str] | None, typer.Option(help=r"End before this string (\n: line end); may be repeated.")
     ] = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Show how probable each word was.")] = False,
+    engine: EngineOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -301,14 +318,14 @@ def generate(
     if "" in stops:
         raise UlimiError("--stop '': an empty stop string would end every text at once")
     run = open_run(model)
-    engine = load_engine(run, device)
+    writer = load_engine(run, device, kind=engine)
     if seed is None:
         seed = secrets.randbelow(2**31)
         typer.echo(f"seed {seed}", err=True)
     for index, prompt in enumerate(prompts or [""]):
         if index and not as_json:
             typer.echo("")
-        _generate_one(run, engine, prompt, sampling, num, max_tokens, seed, stops, probabilities, as_json)
+        _generate_one(run, writer, prompt, sampling, num, max_tokens, seed, stops, probabilities, as_json)
 
 
 def _generate_one(
@@ -329,7 +346,7 @@ def _generate_one(
     if probabilities and prompt:
         scored = group_words(tokenizer, [(step.id, step.logprob) for step in score_prompt(engine, ids)])
         prompt_words = [(word.text, word) for word in scored]
-    writers = [WordWriter(tokenizer, stops) for _ in range(num)]
+    writers = [WordWriter(tokenizer, stops, after=prompt) for _ in range(num)]
     words: list[list[Word]] = [[] for _ in range(num)]
     streaming = num == 1 and not as_json
     if streaming:
@@ -381,6 +398,28 @@ def _echo_words(words: "Sequence[tuple[str, Word | None]]", probabilities: bool)
         body = text.lstrip()
         typer.echo(text[: len(text) - len(body)] + typer.style(body, fg=colour) + f"[{p:.2g}]", nl=False)
     sys.stdout.flush()
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
+    valid: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Validation text, if it is not where the run remembers it.")
+    ] = None,
+) -> None:
+    """Write model.onnx, int8, which runs without PyTorch; training ends with this by itself."""
+    _need_training_extra()
+    from ulimi.data import encode_file
+    from ulimi.export import describe_export, export_onnx
+    from ulimi.run import open_run, write_json
+
+    opened = open_run(run)
+    valid_path = valid or Path(opened.meta["data"]["valid"]["path"])
+    if not valid_path.is_file():
+        raise UlimiError(f"the validation text {valid_path} is not there: name it with --valid")
+    result = export_onnx(opened, encode_file(valid_path, opened.tokenizer))
+    write_json(run / "meta.json", {**opened.meta, "onnx": result})
+    typer.echo(f"{run}/model.onnx: {describe_export(result)}")
 
 
 @app.command()
@@ -442,10 +481,18 @@ def _warn_unknown(path: Path, num_unknown: int) -> None:
         )
 
 
-def _need_training_extra() -> None:
-    from importlib.util import find_spec
+def _is_of_another_text(work_dir: Path, corpus: Path) -> bool:
+    """Tell whether the split in a folder was made of another file than this one."""
+    try:
+        source = json.loads((work_dir / "split.json").read_bytes())["source"]
+        with corpus.open("rb") as file:
+            return bool(source["sha256"] != hashlib.file_digest(file, "sha256").hexdigest())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
-    for module in ("torch", "safetensors", "pydantic", "tomli_w", "matplotlib"):
+
+def _need_training_extra() -> None:
+    for module in ("torch", "safetensors", "pydantic", "tomli_w", "matplotlib", "onnx"):
         if find_spec(module) is None:
             raise UlimiError(f"this command needs {module}: pip install 'ulimi[train]'")
 

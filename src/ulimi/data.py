@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ulimi.corpus import TextStats, count_stats, read_lines
 from ulimi.errors import UlimiError
+from ulimi.run import write_json
 from ulimi.tokenizer import Tokenizer
 
 LINES_PER_BATCH = 10_000
@@ -99,7 +100,7 @@ def _encode(path: Path, tokenizer: Tokenizer, ids_path: Path, info_path: Path) -
     finally:
         unfinished.unlink(missing_ok=True)
     info = {"dtype": dtype.name, "num_tokens": num_tokens, "num_unknown": num_unknown, "stats": asdict(stats)}
-    info_path.write_text(json.dumps(info), encoding="utf-8")
+    write_json(info_path, info)
 
 
 def _batches(lines: Iterable[str], size: int) -> Iterator[list[str]]:
@@ -132,7 +133,7 @@ class Windows:
     Args:
         streams_BS: (B, S).
         bptt: base length.
-        variable_length: draw each length; false gives bptt always, but for the last window.
+        variable_length: draw each length; false gives bptt always, but at the end of the streams.
         rng: draws the lengths; its state and `position` are all that an exact resume needs.
         position: first token of the next window.
     """
@@ -164,7 +165,7 @@ class Windows:
 def window_length(rng: np.random.Generator, bptt: int) -> int:
     """Draw a window's length: around bptt, sometimes around half of it, so that windows start everywhere (sec. 4.1)."""
     base = bptt if rng.random() < 0.95 else bptt / 2
-    return min(max(5, int(rng.normal(base, 5))), bptt + 20)
+    return min(max(5, int(rng.normal(base, 5))), int(base) + 20)
 
 
 def validation_rows(ids: Ids, batch_size: int, first_input: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,18 +1,21 @@
 """One step of a model, whatever runs it: ids and a state in, numbers and a state out.
 
-`Engine` is what the light floor knows of a network: generating and scoring need nothing else. `TorchEngine` runs it on
-PyTorch, which is imported where an engine is made and not before.
+`Engine` is what the light floor knows of a network: generating and scoring need nothing else. `OnnxEngine` runs
+model.onnx on ONNX Runtime; `TorchEngine` runs the weights on PyTorch. Each is imported where an engine is made, not
+before.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ulimi.errors import UlimiError
-from ulimi.run import Run
+from ulimi.run import ONNX, WEIGHTS, Run
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 EVALUATION_WINDOW = 256
 """tokens read at once when scoring; scores do not depend on it"""
+
+ENGINES = ("auto", "onnx", "torch")
 
 EngineState = Any
 """opaque: belongs to the engine that made it"""
@@ -109,6 +114,78 @@ class TorchEngine:
         return [(h[:, list(rows)].contiguous(), c[:, list(rows)].contiguous()) for h, c in state]
 
 
+class OnnxEngine:
+    """`Engine` on ONNX Runtime, on the CPU; the graph is that of `ulimi.export`.
+
+    Args:
+        path: a model.onnx.
+
+    Raises:
+        UlimiError: the file cannot be read as one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        # Threads that spin between two steps take the core from the next one.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no base of their own
+            raise UlimiError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        self.weights_sha256 = self._session.get_modelmeta().custom_metadata_map.get("weights_sha256", "")
+        logits, *_ = self._session.get_outputs()
+        self.vocab_size = int(logits.shape[-1])
+        _, *states = self._session.get_inputs()
+        self._state_names = [state.name for state in states]
+        self._sizes = [int(state.shape[-1]) for state in states]
+
+    def initial_state(self, batch_size: int) -> EngineState:
+        """Zeros for `batch_size` streams."""
+        return [np.zeros((1, batch_size, size), dtype=np.float32) for size in self._sizes]
+
+    def step(self, ids_B: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
+        """Read one id a stream, (B,); give the logits of the next, (B, V)."""
+        logits_TBV, new_state = self._run(ids_B[None], state)
+        return logits_TBV[-1], new_state
+
+    def prime(self, ids: Sequence[int], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
+        """Read several ids of one stream at once; give the logits after the last, (1, V)."""
+        if not ids:
+            raise ValueError("no ids to read")
+        for start in range(0, len(ids), EVALUATION_WINDOW):
+            window_T1 = np.array(ids[start : start + EVALUATION_WINDOW], dtype=np.int64)[:, None]
+            logits_TBV, state = self._run(window_T1, state)
+        return logits_TBV[-1], state
+
+    def nll(
+        self, inputs_BT: NDArray[np.int64], targets_BT: NDArray[np.int64], state: EngineState
+    ) -> tuple[NDArray[np.float32], EngineState]:
+        """Read a window; give the nats of each target, (B, T)."""
+        logits_TBV, state = self._run(np.ascontiguousarray(inputs_BT.T), state)
+        chosen_TB = np.take_along_axis(logits_TBV, targets_BT.T[..., None], axis=-1)[..., 0]
+        top_TB = logits_TBV.max(axis=-1)
+        total_TB = np.exp(logits_TBV - top_TB[..., None]).sum(axis=-1)
+        nll_TB: NDArray[np.float32] = np.log(total_TB) + top_TB - chosen_TB
+        return nll_TB.T, state
+
+    def repeat_state(self, state: EngineState, n: int) -> EngineState:
+        """Turn the state of one stream into that of `n` equal ones."""
+        return [array.repeat(n, axis=1) for array in state]
+
+    def select_state(self, state: EngineState, rows: Sequence[int]) -> EngineState:
+        """Keep these rows of a batch, in this order."""
+        return [np.ascontiguousarray(array[:, list(rows)]) for array in state]
+
+    def _run(self, ids_TB: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
+        logits_TBV, *new_state = self._session.run(
+            None, {"ids": ids_TB, **dict(zip(self._state_names, state, strict=True))}
+        )
+        return logits_TBV, new_state
+
+
 @contextmanager
 def _without_onednn() -> Iterator[None]:
     """Take PyTorch's own path on a CPU: for a single step oneDNN repacks all weights at each call.
@@ -125,22 +202,48 @@ def _without_onednn() -> Iterator[None]:
         torch.backends.mkldnn.enabled = before
 
 
+def choose_device(name: str) -> "torch.device":
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device that is there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UlimiError(f"--device {name}: not a device; allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UlimiError(f"--device {name}: no CUDA device is there; allowed here: auto, cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UlimiError(f"--device {name}: not supported; allowed: auto, cpu, cuda, cuda:N")
+    return device
+
+
+def load_weights(run: Run) -> "dict[str, torch.Tensor]":
+    """Read a run's best weights.
+
+    Raises:
+        UlimiError: no weights yet, or a file that cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights: dict[str, torch.Tensor] = load_file(run.weights_path)
+    except (SafetensorError, OSError) as error:
+        raise UlimiError(f"{run.weights_path}: cannot be read: {error}") from None
+    return weights
+
+
 def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
     """Build a run's network with its best weights, in evaluation mode.
 
     Raises:
         UlimiError: no weights yet, or weights and configuration that do not fit each other.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     from ulimi.model import AWDLSTM
 
-    path = run.weights_path
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UlimiError(f"{path}: cannot be read: {error}") from None
+    weights = load_weights(run)
     try:
         model = AWDLSTM(**run.config)
         if model.tie_weights:
@@ -149,20 +252,37 @@ def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         model.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError) as error:
-        raise UlimiError(f"{path} does not fit {run.dir}/config.json: {str(error).splitlines()[-1].strip()}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise UlimiError(f"{run.weights_path} does not fit {run.dir}/config.json: {reason}") from None
     return model.to(device).eval()
 
 
-def load_engine(run: Run, device: str = "auto") -> Engine:
+def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine:
     """Make an engine for a run.
 
+    Args:
+        run: with weights.
+        device: for PyTorch: auto, cpu, cuda or cuda:N; ONNX Runtime computes on the CPU.
+        kind: "onnx": model.onnx, int8; "torch": the weights themselves; "auto": the first, where it is there, of these
+            very weights, and no other device is asked for, else the second.
+
     Raises:
-        UlimiError: PyTorch is not installed, or the run cannot be loaded.
+        UlimiError: PyTorch is needed and not installed, there is no such device, or the run cannot be loaded.
     """
-    try:
-        import torch
-    except ImportError:
-        raise UlimiError("this command needs PyTorch: pip install 'ulimi[train]'") from None
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TorchEngine(load_model(run, device))
+    if kind not in ENGINES:
+        raise UlimiError(f"--engine {kind}: allowed: {', '.join(ENGINES)}")
+    path = run.dir / ONNX
+    if kind == "onnx" and not path.is_file():
+        raise UlimiError(f"--engine onnx: {run.dir} holds no {ONNX}; `ulimi export {run.dir}` writes it")
+    if kind == "onnx" or (kind == "auto" and device in ("auto", "cpu") and path.is_file()):
+        engine = OnnxEngine(path)
+        # A folder may hold the graph alone, without the weights that it was made of.
+        alone = not (run.dir / WEIGHTS).is_file()
+        if kind == "onnx" or alone or engine.weights_sha256 == run.weights_sha256:
+            return engine
+    if find_spec("torch") is None:
+        raise UlimiError(
+            f"{run.dir} holds no {ONNX} of its weights; `ulimi export {run.dir}` writes it, or "
+            "pip install 'ulimi[train]' brings PyTorch"
+        )
+    return TorchEngine(load_model(run, choose_device(device)))

@@ -33,6 +33,8 @@ def summary(run: Run) -> list[tuple[str, str]]:
         )
         rows.append(("curve", curve([row["valid_bits_per_char"] for row in metrics])))
     rows.append(("state", "finished" if training else "not finished: continue with ulimi train … --resume"))
+    if onnx := meta.get("onnx"):
+        rows.append(("without torch", f"model.onnx, {onnx['kind']}, {onnx['num_bytes'] / 1e6:.1f} MB"))
     for name, score in meta.get("scores", {}).items():
         rows.append((f"score, {name}", score_text(score)))
     return rows

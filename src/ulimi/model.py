@@ -61,7 +61,7 @@ def dropout_mask(shape: Sequence[int], p: float, like: Tensor, rng: torch.Genera
     # each 64-bit draw take a thirtieth of that; p is then exact to 2**-16.
     num = math.prod(shape)
     bits = torch.empty((num + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=rng).view(torch.int16)
-    keep = bits[:num].view(tuple(shape)) >= round(p * 2**16) - 2**15
+    keep = bits[:num].view(tuple(shape)) >= min(round(p * 2**16), 2**16 - 1) - 2**15  # 2**15 is no int16
     return keep.to(like.dtype).div_(1 - p)
 
 
@@ -183,8 +183,10 @@ class AWDLSTM(nn.Module):
         self.output_dropout = output_dropout
         last_size = embedding_size if tie_weights else hidden_size
         widths = [embedding_size, *[hidden_size] * (num_layers - 1), last_size]
-        self.model = _Backbone(vocab_size, embedding_size, list(pairwise(widths)), weight_dropout)
-        self.lm_head = nn.Linear(last_size, vocab_size)
+        # PyTorch's modules fill themselves from the global random state; what they draw is overwritten below.
+        with torch.random.fork_rng(devices=[]):
+            self.model = _Backbone(vocab_size, embedding_size, list(pairwise(widths)), weight_dropout)
+            self.lm_head = nn.Linear(last_size, vocab_size)
         if tie_weights:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.tie_weights = tie_weights

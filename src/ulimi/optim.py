@@ -76,6 +76,7 @@ class RunningAverage:
 
         Values are exchanged in place: cuDNN keeps the buffer, and the optimizer the parameters.
         """
+        assert self.num_iterates, "a mean of no iterates"
         own = {n: p.detach().clone() for n, p in self._model.named_parameters()}
         self._copy(self.weights)
         try:

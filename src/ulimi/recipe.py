@@ -208,15 +208,15 @@ def _read_settings(name_or_path: str) -> Mapping[str, Any]:
     shipped = _recipe_dir() / f"{name_or_path}.toml"
     # A name is looked up in the package first: a file of the same name must be given as ./NAME.
     if "/" not in name_or_path and shipped.is_file():
-        text = shipped.read_text(encoding="utf-8")
+        content = shipped.read_bytes()
     elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     else:
         hint = nearest(name_or_path, recipe_names())
         raise UlimiError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(recipe_names())}{hint}")
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(content.decode())
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
         raise UlimiError(f"{name_or_path}: not valid TOML: {error}") from None
 
 

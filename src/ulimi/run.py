@@ -4,6 +4,7 @@
     recipe.toml            every setting of the training
     tokenizer.json, tokenizer_config.json
     model.safetensors      best weights (averaged ones, once averaging has begun)
+    model.onnx             the same network for ONNX Runtime, int8
     last/checkpoint.safetensors   all that an exact resume needs
     metrics.jsonl          a row an epoch
     meta.json              format and package version, commit, machine, data, scores
@@ -13,6 +14,7 @@
 Light floor: reading a run folder needs no torch.
 """
 
+import hashlib
 import json
 import os
 import tomllib
@@ -30,6 +32,7 @@ FORMAT = 1
 """version of the layout above; a reader refuses a newer one"""
 
 WEIGHTS = "model.safetensors"
+ONNX = "model.onnx"
 CHECKPOINT = Path("last") / "checkpoint.safetensors"
 
 
@@ -43,7 +46,9 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The keyword arguments of the network."""
-        config: dict[str, Any] = _read_json(self.dir / "config.json")["awd_lstm"]
+        config = _read_json(self.dir / "config.json").get("awd_lstm")
+        if not isinstance(config, dict):
+            raise UlimiError(f"{self.dir}/config.json: describes no AWD-LSTM")
         return config
 
     @cached_property
@@ -57,7 +62,7 @@ class Run:
         path = self.dir / "recipe.toml"
         try:
             return tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not TOML, or not UTF-8
             raise UlimiError(f"{path}: cannot be read: {error}") from None
 
     @property
@@ -67,6 +72,12 @@ class Run:
         if not path.is_file():
             raise UlimiError(f"{self.dir}: no {WEIGHTS} yet; the first epoch of its training has not ended")
         return path
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the best weights' file: what was derived from other weights is stale."""
+        with self.weights_path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def checkpoint_path(self) -> Path:
@@ -78,7 +89,12 @@ class Run:
         path = self.dir / "metrics.jsonl"
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # A last line without its end is being written at this moment, or was when the run was killed.
+        lines = path.read_bytes().split(b"\n")[:-1]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise UlimiError(f"{path}: cannot be read: {error}") from None
 
 
 def open_run(path: Path) -> Run:
@@ -126,8 +142,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UlimiError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UlimiError(f"{path}: cannot be read: not a JSON object")
+    return value

@@ -21,20 +21,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ulimi
 from ulimi.corpus import Corpus, read_lines
 from ulimi.data import IGNORED, EncodedText, Ids, Windows, encode_file, make_streams, validation_rows
-from ulimi.engine import EVALUATION_WINDOW, TorchEngine, load_model
+from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, load_weights
 from ulimi.errors import UlimiError
+from ulimi.export import describe_export, export_onnx
 from ulimi.info import model_card
 from ulimi.model import AWDLSTM, State, detach_state
 from ulimi.optim import RunningAverage, learning_rate, make_optimizer, non_monotonic
 from ulimi.plot import plot_curve
 from ulimi.recipe import Recipe, build_recipe, changed_keys
-from ulimi.run import CHECKPOINT, FORMAT, WEIGHTS, Run, atomic_path, open_run, write_json, write_text
+from ulimi.run import CHECKPOINT, FORMAT, ONNX, WEIGHTS, Run, atomic_path, open_run, write_json, write_text
 from ulimi.score import Score, score_stream
 from ulimi.tokenizer import Tokenizer
 
@@ -165,7 +166,7 @@ class Trainer:
         self.recipe = recipe
         self.reporter = reporter
         self.device = choose_device(device)
-        old = self._claim_folder(resume, init_from)
+        old = claim_folder(run_dir, recipe, resume=resume, init_from=init_from)
 
         if old is not None:
             self.tokenizer = old.tokenizer
@@ -196,6 +197,7 @@ class Trainer:
         self.meta = old.meta if old is not None else self._new_meta(corpus, init_from)
         if old is not None:
             self._load_checkpoint()
+            write_text(run_dir / "recipe.toml", recipe.to_toml())
         else:
             self._write_static_files()
             self.save_checkpoint()
@@ -268,16 +270,17 @@ class Trainer:
             if stopping or due or p.step % CHECK_EVERY == 0:
                 p.epoch_nats = total_nll.item()
                 p.seconds = base_seconds + time.perf_counter() - started
-                self._check_finite(p.epoch_nats, "training", lr)
+                self._check_finite(p.epoch_nats, "training loss", lr)
                 self.reporter.step(p, tokens_per_epoch, p.epoch_nats / p.epoch_tokens, lr)
             if stopping or due:
+                self._check_weights(lr)
                 self.save_checkpoint()
                 saved = time.perf_counter()
             if stopping:
                 raise Interrupted
         p.epoch_nats = total_nll.item()
         p.seconds = base_seconds + time.perf_counter() - started
-        self._check_finite(p.epoch_nats, "training", optim.lr)
+        self._check_finite(p.epoch_nats, "training loss", optim.lr)
 
     def _end_epoch(self) -> dict[str, Any]:
         """Validate the weights that would be saved, save them if they are the best, and look at the trigger."""
@@ -330,7 +333,7 @@ class Trainer:
         p = self.progress
         ids, eos_id = self.valid_text.ids, self.tokenizer.eos_id
         valid = validation_nats(self.model, ids, self.recipe.data.eval_batch_size, eos_id) / len(ids)
-        self._check_finite(valid, "validation", self.recipe.optim.lr)
+        self._check_finite(valid, "validation loss", self.recipe.optim.lr)
         if valid < p.best:
             p.best, p.best_epoch = valid, p.epoch + 1
             save_weights(self.model, self.run_dir / WEIGHTS)
@@ -343,6 +346,8 @@ class Trainer:
         nats = score_stream(engine, self.valid_text.ids, self.tokenizer.eos_id)
         score = Score.of(nats, len(self.valid_text.ids), self.valid_text.stats)
         self.meta["scores"] = {"valid": score.as_dict()}
+        self.meta["onnx"] = export_onnx(run, self.valid_text)
+        self.reporter.note(f"{run.dir}/{ONNX}: {describe_export(self.meta['onnx'])}")
         self.meta["training"] = {
             "epochs": self.progress.epoch,
             "best_epoch": self.progress.best_epoch,
@@ -356,39 +361,17 @@ class Trainer:
     def _check_finite(self, value: float, what: str, lr: float) -> None:
         if not math.isfinite(value):
             raise UlimiError(
-                f"the {what} loss is {value} in epoch {self.progress.epoch + 1}, step {self.progress.step}, at "
+                f"the {what} is {value} in epoch {self.progress.epoch + 1}, step {self.progress.step}, at "
                 f"lr {lr:g} with optim.kind = {self.recipe.optim.kind!r}: try a lower optim.lr; the last good "
                 f"checkpoint in {self.run_dir} is as it was"
             )
 
-    # -- files --------------------------------------------------------------------------------------------------------
+    def _check_weights(self, lr: float) -> None:
+        """Refuse to keep weights that the last step has ruined: its own loss was still that of the weights before."""
+        largest = torch.stack([p.detach().abs().max() for p in self.model.parameters()]).max()
+        self._check_finite(largest.item(), "largest weight", lr)
 
-    def _claim_folder(self, resume: bool, init_from: Run | None) -> Run | None:
-        """Decide whether the run folder may be written to; return the run in it when resuming."""
-        run_dir = self.run_dir
-        if run_dir.exists() and not run_dir.is_dir():
-            raise UlimiError(f"--out {run_dir}: is a file; a run is a folder")
-        if init_from is not None and run_dir.exists() and run_dir.resolve() == init_from.dir.resolve():
-            raise UlimiError(f"--out {run_dir} is the run that --init-from names; it would be overwritten")
-        has_run = (run_dir / CHECKPOINT).is_file()
-        if resume:
-            if not has_run:
-                raise UlimiError(f"nothing to resume in {run_dir}: it holds no {CHECKPOINT}")
-            old = open_run(run_dir)
-            changed = changed_keys(build_recipe(old.recipe, source=f"{run_dir}/recipe.toml"), self.recipe)
-            if fixed := [key for key in changed if key not in RESUMABLE_CHANGES]:
-                raise UlimiError(
-                    f"{', '.join(fixed)}: differs from the run in {run_dir}; with --resume only "
-                    f"{' and '.join(RESUMABLE_CHANGES)} may change; for other settings start a new run"
-                )
-            return old
-        if has_run:
-            raise UlimiError(f"{run_dir} already holds a run: continue it with --resume, or give another --out")
-        if run_dir.is_dir():
-            ours = {"corpus", "meta.json", "config.json", "recipe.toml", "tokenizer.json", "tokenizer_config.json"}
-            if foreign := sorted(p.name for p in run_dir.iterdir() if p.name not in ours and p.name != "last"):
-                raise UlimiError(f"--out {run_dir}: the folder holds other things ({foreign[0]}); give a new folder")
-        return None
+    # -- files --------------------------------------------------------------------------------------------------------
 
     def _data_digest(self) -> str:
         return f"{self.train_text.digest} {self.valid_text.digest}"
@@ -427,7 +410,7 @@ class Trainer:
     def _append_metrics(self, row: dict[str, Any]) -> None:
         path = self.run_dir / "metrics.jsonl"
         with path.open("ab") as file:
-            file.truncate(self.progress.metrics_bytes)
+            file.truncate(min(self.progress.metrics_bytes, file.tell()))
             file.seek(0, os.SEEK_END)
             file.write((json.dumps(row) + "\n").encode())
             self.progress.metrics_bytes = file.tell()
@@ -458,7 +441,7 @@ class Trainer:
             with safe_open(path, framework="pt") as file:
                 progress = json.loads(file.metadata()["progress"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UlimiError(f"{path}: cannot be read: {error}") from None
         if progress["data_digest"] != self.progress.data_digest:
             raise UlimiError(
@@ -488,6 +471,39 @@ class Trainer:
         ]
 
 
+def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run | None) -> Run | None:
+    """Decide whether the run folder may be written to; give the run in it when resuming. Changes nothing.
+
+    Raises:
+        UlimiError: the folder holds a run, or none, or something else, or `recipe` does not go on with its run.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UlimiError(f"--out {run_dir}: is a file; a run is a folder")
+    if init_from is not None and run_dir.exists() and run_dir.resolve() == init_from.dir.resolve():
+        raise UlimiError(f"--out {run_dir} is the run that --init-from names; it would be overwritten")
+    has_run = (run_dir / CHECKPOINT).is_file()
+    if resume:
+        if not has_run:
+            raise UlimiError(f"nothing to resume in {run_dir}: it holds no {CHECKPOINT}")
+        old = open_run(run_dir)
+        changed = changed_keys(build_recipe(old.recipe, source=f"{run_dir}/recipe.toml"), recipe)
+        if fixed := [key for key in changed if key not in RESUMABLE_CHANGES]:
+            raise UlimiError(
+                f"{', '.join(fixed)}: differs from the run in {run_dir}; with --resume only "
+                f"{' and '.join(RESUMABLE_CHANGES)} may change; for other settings start a new run"
+            )
+        return old
+    if has_run:
+        raise UlimiError(f"{run_dir} already holds a run: continue it with --resume, or give another --out")
+    if run_dir.is_dir():
+        ours = {"corpus"}
+        if (run_dir / "meta.json").is_file():  # of a run that was killed before its first checkpoint
+            ours |= {"meta.json", "config.json", "recipe.toml", "tokenizer.json", "tokenizer_config.json", "last"}
+        if foreign := sorted(p.name for p in run_dir.iterdir() if p.name not in ours):
+            raise UlimiError(f"--out {run_dir}: the folder holds other things ({foreign[0]}); give a new folder")
+    return None
+
+
 def regularisation(raw_BTE: Tensor, dropped_BTE: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """Activation and temporal activation regularisation, AR and TAR (sec. 4.6).
 
@@ -510,14 +526,16 @@ def validation_nats(model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int) -> f
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     state: State | None = None
-    with torch.inference_mode():
-        for start in range(0, inputs_BN.shape[1], EVALUATION_WINDOW):
-            window = slice(start, start + EVALUATION_WINDOW)
-            out = model(torch.from_numpy(inputs_BN[:, window]).to(device), state)
-            targets = torch.from_numpy(targets_BN[:, window].copy()).to(device).flatten()
-            total += F.cross_entropy(out.logits.flatten(0, 1), targets, reduction="sum", ignore_index=IGNORED)
-            state = out.state
-    model.train(was_training)
+    try:
+        with torch.inference_mode():
+            for start in range(0, inputs_BN.shape[1], EVALUATION_WINDOW):
+                window = slice(start, start + EVALUATION_WINDOW)
+                out = model(torch.from_numpy(inputs_BN[:, window]).to(device), state)
+                targets = torch.from_numpy(targets_BN[:, window].copy()).to(device).flatten()
+                total += F.cross_entropy(out.logits.flatten(0, 1), targets, reduction="sum", ignore_index=IGNORED)
+                state = out.state
+    finally:
+        model.train(was_training)
     return total.item()
 
 
@@ -544,7 +562,7 @@ def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
     Raises:
         UlimiError: the two networks differ in size.
     """
-    weights = load_file(source.weights_path)
+    weights = load_weights(source)
     own = dict(model.named_parameters())
     old_vocab, new_vocab = source.tokenizer.backend.get_vocab(), tokenizer.backend.get_vocab()
     same_tokens = old_vocab == new_vocab
@@ -566,21 +584,6 @@ def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
                 parameter[into] = old[out_of]
             else:
                 parameter.copy_(old)
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device that is there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UlimiError(f"--device {name}: not a device; allowed: auto, cpu, cuda, cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UlimiError(f"--device {name}: no CUDA device is there; allowed here: auto, cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise UlimiError(f"--device {name}: not supported; allowed: auto, cpu, cuda, cuda:N")
-    return device
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

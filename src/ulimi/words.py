@@ -34,14 +34,15 @@ class WordWriter:
     Args:
         tokenizer: of the model.
         stops: strings at which the text ends; they are not part of it.
+        after: the text that this one goes on from; kind "word" puts a space between two words.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), after: str = "") -> None:
         self._tokenizer = tokenizer
         self._stops = stops
         self._held_chars = max((len(stop) for stop in stops), default=1) - 1
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._separated = True
+        self._separated = not after or after[-1].isspace()
         self._words: list[Word] = []
         self._open = Word("", 0.0, 0)
         self.stopped = False
@@ -62,9 +63,9 @@ class WordWriter:
 
     def flush(self) -> Iterator[Word]:
         """Yield what is left when no more tokens come."""
-        rest = self._decoder.decode(b"", final=True)
-        self._open = Word(self._open.text + rest, self._open.logprob, self._open.num_tokens)
         if not self.stopped:
+            rest = self._decoder.decode(b"", final=True)
+            self._open = Word(self._open.text + rest, self._open.logprob, self._open.num_tokens)
             self._look_for_stop()
         self._close()
         words, self._words = self._words, []

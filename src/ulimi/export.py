@@ -1,0 +1,157 @@
+"""From weights to model.onnx: the network without PyTorch, int8, with its state as inputs and outputs.
+
+The graph is written node by node: an LSTM language model in evaluation mode is a look-up, an LSTM operator a layer, a
+matrix product and a sum. Tracing PyTorch takes 30 seconds and a page of warnings for the same.
+
+Inputs: ids (T, B), and h0, c0, h1, … each (1, B, H). Outputs: logits (T, B, V), and h0_out, c0_out, …
+Time comes first, because ONNX Runtime's LSTM knows no other layout.
+
+Source of the operator's gate order and shapes: the ONNX specification, operator LSTM.
+"""
+
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from ulimi.data import EncodedText
+from ulimi.engine import OnnxEngine, TorchEngine, load_model
+from ulimi.model import AWDLSTM
+from ulimi.run import ONNX, Run, atomic_path
+from ulimi.score import score_stream
+
+MAX_DIFFERENCE = 1e-4
+"""between the nats of PyTorch and of the fp32 graph"""
+
+MAX_INT8_COST = 0.01
+"""bits per character on validation text that int8 may cost; above it, model.onnx stays fp32"""
+
+OPSET = 17
+IR_VERSION = 9
+
+
+def export_onnx(run: Run, valid_text: EncodedText) -> dict[str, Any]:
+    """Write a run's model.onnx and check it against PyTorch.
+
+    Args:
+        run: with weights.
+        valid_text: on which the cost of int8 is measured, as one stream.
+
+    Returns:
+        What goes into meta.json: `fp32_max_difference` (nats a token), `fp32_bits_per_char`, `int8_bits_per_char`,
+        `int8_cost_bits_per_char`, `kind` ("int8" or "fp32"), `num_bytes`.
+
+    Raises:
+        AssertionError: the graph computes something else than the network.
+    """
+    model = load_model(run)
+    bits = 1 / math.log(2) / valid_text.stats.num_chars
+    eos_id = run.tokenizer.eos_id
+    with tempfile.TemporaryDirectory() as scratch, atomic_path(run.dir / ONNX) as out:
+        fp32 = Path(scratch) / "fp32.onnx"
+        onnx.save(build_graph(model, run.weights_sha256), fp32)
+        difference = max_difference(model, OnnxEngine(fp32))
+        assert difference <= MAX_DIFFERENCE, f"model.onnx differs from the network by {difference}"
+        quantize_dynamic(fp32, out, weight_type=QuantType.QInt8, op_types_to_quantize=["LSTM", "MatMul", "Gather"])
+        exact = score_stream(TorchEngine(model), valid_text.ids, eos_id) * bits
+        rounded = score_stream(OnnxEngine(out), valid_text.ids, eos_id) * bits
+        small_enough = rounded - exact <= MAX_INT8_COST
+        if not small_enough:
+            shutil.copyfile(fp32, out)
+        num_bytes = out.stat().st_size
+    return {
+        "kind": "int8" if small_enough else "fp32",
+        "num_bytes": num_bytes,
+        "fp32_max_difference": difference,
+        "fp32_bits_per_char": exact,
+        "int8_bits_per_char": rounded,
+        "int8_cost_bits_per_char": rounded - exact,
+    }
+
+
+def describe_export(result: dict[str, Any]) -> str:
+    """Say what `export_onnx` found in one line."""
+    return (
+        f"{result['kind']}, {result['num_bytes'] / 1e6:.1f} MB; int8 costs {result['int8_cost_bits_per_char']:+.4f} "
+        f"bits per character on validation, fp32 differs by {result['fp32_max_difference']:.1e} nats a token"
+    )
+
+
+def build_graph(model: AWDLSTM, weights_sha256: str) -> onnx.ModelProto:
+    """Write the network, as it is in evaluation mode, as an ONNX graph in fp32.
+
+    Args:
+        model: the network.
+        weights_sha256: of model.safetensors; kept in the file, so that a graph of other weights is noticed.
+    """
+    weights: list[onnx.TensorProto] = []
+    nodes: list[onnx.NodeProto] = []
+
+    def weight(name: str, values: NDArray[Any]) -> str:
+        weights.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        return name
+
+    def node(operator: str, inputs: list[str], outputs: list[str], **attributes: Any) -> str:
+        nodes.append(helper.make_node(operator, inputs, outputs, **attributes))
+        return outputs[0]
+
+    inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["time", "batch"])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["time", "batch", model.vocab_size])]
+    directions = weight("directions", np.array([1], dtype=np.int64))
+    x = node("Gather", [weight("embedding", _numpy(model.model.embed_tokens.weight)), "ids"], ["x"])
+    for i, layer in enumerate(model.layers):
+        lstm = layer.lstm
+        w, r = (_gates(matrix)[None] for matrix in (lstm.weight_ih_l0, lstm.weight_hh_l0))
+        b = np.concatenate([_gates(lstm.bias_ih_l0), _gates(lstm.bias_hh_l0)])[None]
+        y = node(
+            "LSTM",
+            [x, weight(f"w{i}", w), weight(f"r{i}", r), weight(f"b{i}", b), "", f"h{i}", f"c{i}"],
+            [f"y{i}", f"h{i}_out", f"c{i}_out"],
+            hidden_size=lstm.hidden_size,
+        )
+        x = node("Squeeze", [y, directions], [f"x{i}"])
+        shape: list[str | int | None] = [1, "batch", lstm.hidden_size]
+        inputs += [helper.make_tensor_value_info(f"{part}{i}", TensorProto.FLOAT, shape) for part in "hc"]
+        outputs += [helper.make_tensor_value_info(f"{part}{i}_out", TensorProto.FLOAT, shape) for part in "hc"]
+    scores = node("MatMul", [x, weight("decoder", _numpy(model.lm_head.weight).T)], ["scores"])
+    node("Add", [scores, weight("bias", _numpy(model.lm_head.bias))], ["logits"])
+
+    graph = helper.make_graph(nodes, "awd_lstm", inputs, outputs, weights)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    # The second entry is what ONNX Runtime's own preparation leaves; without it quantising warns that there was none.
+    helper.set_model_props(proto, {"weights_sha256": weights_sha256, "onnx.quant.pre_process": "onnxruntime.quant"})
+    onnx.checker.check_model(proto)
+    return proto
+
+
+def max_difference(model: AWDLSTM, engine: OnnxEngine) -> float:
+    """Largest difference of two engines' nats on random ids, with the state carried over two windows."""
+    torch_engine = TorchEngine(model)
+    ids_BT = np.random.default_rng(0).integers(model.vocab_size, size=(3, 65))
+    mine, theirs = torch_engine.initial_state(3), engine.initial_state(3)
+    largest = 0.0
+    for window in (slice(0, 40), slice(40, 64)):
+        inputs_BT, targets_BT = ids_BT[:, window], ids_BT[:, window.start + 1 : window.stop + 1]
+        a_BT, mine = torch_engine.nll(inputs_BT, targets_BT, mine)
+        b_BT, theirs = engine.nll(inputs_BT, targets_BT, theirs)
+        largest = max(largest, float(np.abs(a_BT - b_BT).max()))
+    return largest
+
+
+def _gates(values: torch.Tensor | torch.nn.Module) -> NDArray[Any]:
+    """Reorder gates along the first axis: PyTorch has i, f, g, o, ONNX i, o, f, g."""
+    i, f, g, o = np.split(_numpy(values), 4)
+    return np.concatenate([i, o, f, g])
+
+
+def _numpy(values: torch.Tensor | torch.nn.Module) -> NDArray[Any]:
+    assert isinstance(values, torch.Tensor)
+    return values.detach().cpu().numpy()

@@ -1,0 +1,685 @@
+"""The command line as people meet it: results, refusals in one line, and interruptions."""
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from conftest import TINY, synthetic_lines
+from ulimi import cli
+from ulimi.recipe import recipe_names
+from ulimi.run import CHECKPOINT, FORMAT, WEIGHTS, open_run
+
+QUICK = (*TINY, "optim.max_epochs=1")
+SCORE_KEYS = {
+    "nats", "num_tokens", "num_words", "num_lines", "num_chars", "num_bytes", "perplexity", "word_perplexity",
+    "bits_per_char", "bits_per_byte",
+}  # fmt: skip
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def ulimi(monkeypatch, capsys):
+    """Call the command line in this process; an exception other than SystemExit is a traceback, and fails the test."""
+
+    def call(*args, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["ulimi", *map(str, args)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = 0
+        capsys.readouterr()
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def works(ulimi):
+    def call(*args, stdin=None):
+        result = ulimi(*args, stdin=stdin)
+        assert result.code == 0, result.err
+        return result
+
+    return call
+
+
+@pytest.fixture
+def refused(ulimi):
+    """Call the command line; give its one line of error."""
+
+    def call(*args, notes=False, stdin=None):
+        result = ulimi(*args, stdin=stdin)
+        assert result.code == 2, result
+        *before, last = result.err.splitlines()
+        assert last.startswith("ulimi: error: "), result.err
+        assert notes or not before, result.err
+        assert not [line for line in before if "error" in line or "Traceback" in line]
+        return last
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(synthetic_lines(100, seed=2)) + "\n")
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path, tiny_run):
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tiny_run.dir, tmp_path / "run"))
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def command(*args):
+    return [sys.executable, "-m", "ulimi", *map(str, args)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+# train
+
+
+def test_train_on_a_folder(works, tmp_path, corpus_dir):
+    result = works("train", corpus_dir, *QUICK, "--out", tmp_path / "run", "--threads", "1")
+    run = open_run(tmp_path / "run")
+    score = run.meta["scores"]["valid"]
+    assert f"validation, one stream: {score['bits_per_char']:.4f} bits per character" in result.out
+    assert f"ulimi generate -m {tmp_path / 'run'}" in result.out
+    assert "160 training, 20 validation, 20 test lines" in result.err
+    assert "epoch   1" in result.err
+    assert not (tmp_path / "run" / "corpus").exists()
+    assert run.recipe["optim"]["max_epochs"] == 1
+
+
+def test_train_on_one_file_splits_it(works, tmp_path, text_file):
+    works("train", text_file, *QUICK, "-o", tmp_path / "run")
+    parts = [tmp_path / "run" / "corpus" / f"{part}.txt" for part in ("train", "valid", "test")]
+    lines = [line for part in parts for line in part.read_text().splitlines()]
+    assert sorted(lines) == sorted(text_file.read_text().splitlines())
+    data = open_run(tmp_path / "run").meta["data"]
+    assert [data[part]["path"] for part in ("train", "valid")] == [str(path) for path in parts[:2]]
+
+
+def test_a_recipe_file_and_settings(works, tmp_path, corpus_dir):
+    (tmp_path / "my.toml").write_text("[tokenizer]\nkind = 'char'\nvocab_size = 0\n[data]\nbptt = 9\n")
+    sizes = [setting for setting in QUICK if "vocab_size" not in setting]
+    works("train", corpus_dir, *sizes, "data.bptt=11", "-o", tmp_path / "run", "--recipe", tmp_path / "my.toml")
+    run = open_run(tmp_path / "run")
+    assert run.tokenizer.kind == "char"
+    assert run.recipe["data"]["bptt"] == 11
+
+
+def test_finetuning_takes_the_settings_of_its_source(works, tmp_path, text_file, tiny_run):
+    before = contents(tiny_run.dir)
+    works("train", text_file, "optim.max_epochs=1", "-o", tmp_path / "run", "--init-from", tiny_run.dir)
+    run = open_run(tmp_path / "run")
+    assert run.recipe["model"] == tiny_run.recipe["model"]
+    assert run.recipe["optim"] == {**tiny_run.recipe["optim"], "max_epochs": 1}
+    assert run.meta["init_from"] == str(tiny_run.dir.resolve())
+    assert contents(tiny_run.dir) == before
+
+
+def test_finetuning_of_nt_asgd_averages_from_the_start(works, tmp_path, corpus_dir):
+    works("train", corpus_dir, *QUICK, "optim.kind=nt-asgd", "optim.lr=3", "-o", tmp_path / "source")
+    works("train", corpus_dir, "-o", tmp_path / "run", "--init-from", tmp_path / "source")
+    run = open_run(tmp_path / "run")
+    assert run.recipe["optim"]["average_at_start"] is True
+    assert run.metrics()[0]["averaging"] is True
+    assert open_run(tmp_path / "source").recipe["optim"]["average_at_start"] is False
+
+
+def test_finetuning_with_a_new_tokenizer(works, tmp_path, text_file, tiny_run):
+    common = ("train", text_file, "optim.max_epochs=1", "--init-from", tiny_run.dir)
+    works(*common, "-o", tmp_path / "new", "--new-tokenizer")
+    works(*common, "-o", tmp_path / "same")
+    tokenizers = [open_run(tmp_path / name).tokenizer.to_str() for name in ("new", "same")]
+    assert tokenizers[0] != tiny_run.tokenizer.to_str()
+    assert tokenizers[1] == tiny_run.tokenizer.to_str()
+
+
+def test_resume_needs_no_setting_and_may_extend(works, run_dir, corpus_dir):
+    rows = open_run(run_dir).metrics()
+    works("train", corpus_dir, "--resume", "-o", run_dir)
+    assert open_run(run_dir).metrics() == rows
+    works("train", corpus_dir, "--resume", "-o", run_dir, "optim.max_epochs=3")
+    assert [row["epoch"] for row in open_run(run_dir).metrics()] == [1, 2, 3]
+    assert open_run(run_dir).recipe["optim"]["max_epochs"] == 3
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (["optim.lrr=1"], "unknown key 'optim.lrr'; did you mean 'lr'?"),
+    (["optimm.lr=1"], "did you mean 'optim'?"),
+    (["optim.lr=fast"], "optim.lr = 'fast'"),
+    (["optim.lr=-1"], "optim.lr = -1"),
+    (["optim.lr"], "write section.key=value"),
+    (["--recipe", "isizulu"], "no recipe 'isizulu'"),
+    (["--recipe", "bad.toml"], "not valid TOML"),
+    (["--new-tokenizer"], "goes with --init-from"),
+    (["--init-from", "nowhere"], "no run folder 'nowhere'"),
+    (["--resume"], "nothing to resume in new"),
+    (["--device", "gpu"], "--device gpu: not a device"),
+    (["--device", "cuda"], "no CUDA device is there"),
+    (["--threads", "-1"], "--threads"),
+    (["--checkpoint-minutes", "-1"], "--checkpoint-minutes"),
+    (["--no-such-option"], "--no-such-option"),
+    (["data.batch_size=3000"], "too few for data.batch_size = 3000"),
+])  # fmt: skip
+def test_train_refuses_in_one_line_and_makes_no_run(refused, tmp_path, monkeypatch, corpus_dir, settings, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "bad.toml").write_text("[optim\n")
+    late = settings[0].startswith(("data.", "--device"))
+    assert said in refused("train", corpus_dir, "--out", "new", "tokenizer.vocab_size=320", *settings, notes=late)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (None, "there is no such file or folder"),
+    (b"", "0 lines with text"),
+    (b"abc\n" * 5, "5 lines with text"),
+    (b"abc \xff\n" * 50, "not UTF-8"),
+    ({}, "train.txt and valid.txt missing"),
+    ({"train.txt": b"a b c\n", "valid.txt": b""}, "valid.txt is empty"),
+])  # fmt: skip
+def test_a_corpus_that_cannot_be_used_is_refused(refused, tmp_path, content, said):
+    path = tmp_path / "corpus"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        path.mkdir()
+        for name, part in content.items():
+            (path / name).write_bytes(part)
+    assert said in refused("train", path, "--out", tmp_path / "new")
+    assert not (tmp_path / "new" / "meta.json").exists()
+
+
+def test_out_that_holds_a_run_is_left_alone_to_the_last_byte(refused, works, tmp_path, text_file, corpus_dir):
+    run_dir = tmp_path / "run"
+    works("train", text_file, *QUICK, "-o", run_dir)
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(synthetic_lines(80, seed=8)) + "\n")
+    before = contents(run_dir)
+    for corpus in (text_file, other, corpus_dir):
+        assert "already holds a run" in refused("train", corpus, *QUICK, "-o", run_dir)
+        assert contents(run_dir) == before
+        assert "would be overwritten" in refused("train", corpus, "-o", run_dir, "--init-from", run_dir)
+        assert contents(run_dir) == before
+    for corpus in (other, corpus_dir):
+        said = refused("train", corpus, "optim.max_epochs=2", "-o", run_dir, "--resume", notes=True)
+        assert "the corpus is not the one that the run" in said
+        assert contents(run_dir) == before
+    said = refused("train", text_file, "model.hidden_size=9", "-o", run_dir, "--resume")
+    assert "model.hidden_size: differs from the run" in said
+    said = refused("train", text_file, "-o", run_dir, "--resume", "--init-from", run_dir)
+    assert "leave out --init-from" in said
+    assert contents(run_dir) == before
+    # The same text in another form is the same text.
+    same = tmp_path / "same.txt"
+    same.write_bytes(text_file.read_bytes().replace(b"\n", b"\r\n"))
+    works("train", same, "-o", run_dir, "--resume", "optim.max_epochs=2")
+    assert {k: v for k, v in contents(run_dir).items() if k.startswith("corpus/")} == {
+        k: v for k, v in before.items() if k.startswith("corpus/")
+    }
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(refused, tmp_path, text_file):
+    (tmp_path / "thesis.tex").write_text("mine")
+    before = contents(tmp_path)
+    assert "holds other things (thesis.tex)" in refused("train", text_file, "-o", tmp_path)
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert "is a file" in refused("train", text_file, "-o", tmp_path / "thesis.tex")
+
+
+@pytest.mark.parametrize("settings", [("optim.kind=sgd", "optim.lr=1e9"), ("optim.lr=1e4", "optim.warmup_steps=0")])
+def test_a_loss_that_is_not_finite_is_one_line(refused, tmp_path, corpus_dir, settings):
+    said = refused("train", corpus_dir, *TINY, *settings, "-o", tmp_path / "run", notes=True)
+    assert "try a lower optim.lr" in said
+    assert (tmp_path / "run" / CHECKPOINT).is_file()
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["--temperature", "-1"], "temperature must be a finite number"),
+    (["--temperature", "nan"], "temperature must be a finite number"),
+    (["--top-p", "0"], "top_p must be above 0"),
+    (["--top-p", "1.5"], "top_p must be above 0 and at most 1"),
+    (["--top-k", "-1"], "top_k must be a whole number"),
+    (["--stop", ""], "--stop ''"),
+    (["--num", "0"], "--num"),
+    (["--max-tokens", "0"], "--max-tokens"),
+    (["--seed", "-1"], "--seed"),
+    (["--seed", "x"], "--seed"),
+    (["--device", "tpu"], "--device tpu"),
+    (["Abantu \udcff"], "lone surrogate"),  # an argument that was not UTF-8
+])  # fmt: skip
+def test_generate_refuses_in_one_line(refused, tiny_run, args, said):
+    assert said in refused("generate", "-m", tiny_run.dir, "--max-tokens", "3", "--seed", "1", *args)
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["missing.txt"], "missing.txt"),
+    (["empty.txt"], "empty.txt is empty"),
+    (["latin1.txt"], "not UTF-8"),
+    (["."], "."),
+    (["good.txt", "latin1.txt"], "latin1.txt, line 1: not UTF-8"),
+    (["good.txt", "--stateless", "--cache"], "--stateless reads each line by itself"),
+    (["good.txt", "--stateless", "--dynamic"], "--stateless reads each line by itself"),
+    (["good.txt", "--cache", "--cache-lambda", "1"], "--cache-lambda 1.0"),
+    (["good.txt", "--cache", "--cache-window", "0"], "--cache-window 0"),
+    (["good.txt", "--dynamic", "--dynamic-lr", "-1"], "--dynamic-lr -1.0"),
+    (["good.txt", "--dynamic", "--stats-from", "missing.txt"], "missing.txt is not there"),
+    (["good.txt", "--device", "tpu"], "--device tpu"),
+    ([], "Missing argument"),
+])  # fmt: skip
+def test_evaluate_refuses_in_one_line(refused, tmp_path, monkeypatch, tiny_run, args, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "good.txt").write_text("Abantu bafunda.\n")
+    assert said in refused("evaluate", "-m", tiny_run.dir, *args)
+
+
+@pytest.mark.parametrize("args", [["evaluate", "x.txt", "-m"], ["score", "x.txt", "-m"], ["generate", "-m"], ["info"]])
+def test_every_command_says_what_is_wrong_with_a_run(refused, tmp_path, run_dir, args):
+    assert "no run folder" in refused(*args, tmp_path / "none")
+    assert "not a run folder" in refused(*args, tmp_path)
+    meta = json.loads((run_dir / "meta.json").read_text())
+    (run_dir / "meta.json").write_text(json.dumps({**meta, "format": FORMAT + 1, "ulimi": "9.9"}))
+    assert f"has run format {FORMAT + 1}" in refused(*args, run_dir)
+
+
+def test_other_mistakes_in_a_command(ulimi, refused, tmp_path):
+    assert "No such command 'trian'" in refused("trian")
+    assert "see ulimi train --help" in refused("train", tmp_path)
+    assert "--out" in refused("train", tmp_path)
+    assert "no recipe 'nothing'" in refused("recipe", "nothing")
+    result = ulimi()
+    assert result.code == 2
+    assert "Usage: ulimi" in result.err
+    assert "train" in result.err
+
+
+def half(content):
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize("damage", [half, lambda content: b"\xff\x00\xfe", lambda content: b"{}", lambda content: None])
+@pytest.mark.parametrize("name", [
+    "meta.json", "config.json", "recipe.toml", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", WEIGHTS,
+    str(CHECKPOINT),
+])  # fmt: skip
+def test_damage_to_a_run_is_never_a_traceback(ulimi, run_dir, tmp_path, corpus_dir, name, damage):
+    path = run_dir / name
+    content = damage(path.read_bytes())
+    path.unlink() if content is None else path.write_bytes(content)
+    test_path = corpus_dir / "test.txt"
+    codes = set()
+    for args in (
+        ["info", run_dir],
+        ["evaluate", test_path, "-m", run_dir],
+        ["train", corpus_dir, "--out", tmp_path / "next", "--init-from", run_dir, "optim.max_epochs=1"],
+        ["train", corpus_dir, "--out", run_dir, "--resume", "optim.max_epochs=3"],
+    ):
+        result = ulimi(*args)
+        codes.add(result.code)
+        errors = [line for line in result.err.splitlines() if line.startswith("ulimi: error: ")]
+        assert (result.code, len(errors)) in ((0, 0), (2, 1)), result.err
+        assert not errors or errors == result.err.splitlines()[-1:]
+    assert 2 in codes or name in ("metrics.jsonl", "recipe.toml")
+
+
+# evaluate and score
+
+
+def test_evaluate_several_files(works, tiny_run, corpus_dir):
+    files = [corpus_dir / "valid.txt", corpus_dir / "test.txt"]
+    rows = works("evaluate", *files, "-m", tiny_run.dir, "--json").json
+    assert [row["file"] for row in rows] == [*map(str, files), "all"]
+    for row, path in zip(rows, files, strict=False):
+        text = path.read_text()
+        assert row.keys() == {"file", *SCORE_KEYS}
+        assert row["num_chars"] == len(text)
+        assert row["num_bytes"] == len(text.encode())
+        assert row["num_words"] == len(text.split())
+        assert row["num_lines"] == text.count("\n")
+        assert row["num_tokens"] == len(tiny_run.tokenizer.encode(text))
+        assert row["bits_per_char"] == pytest.approx(row["nats"] / math.log(2) / len(text))
+        assert row["bits_per_byte"] == pytest.approx(row["nats"] / math.log(2) / len(text.encode()))
+        assert row["perplexity"] == pytest.approx(math.exp(row["nats"] / row["num_tokens"]))
+        assert row["word_perplexity"] == pytest.approx(math.exp(row["nats"] / (row["num_words"] + row["num_lines"])))
+    for key in ("nats", "num_tokens", "num_words", "num_lines", "num_chars", "num_bytes"):
+        assert rows[2][key] == pytest.approx(rows[0][key] + rows[1][key])
+    assert rows[2]["bits_per_char"] == pytest.approx(rows[2]["nats"] / math.log(2) / rows[2]["num_chars"])
+    assert rows[0]["bits_per_char"] == pytest.approx(tiny_run.meta["scores"]["valid"]["bits_per_char"])
+
+    table = works("evaluate", *files, "-m", tiny_run.dir).out.splitlines()
+    assert table[0].split() == ["file", "tokens", "chars", "nats", "ppl/token", "ppl/word", "bits/char", "bits/byte"]
+    assert [line.split()[0] for line in table[1:]] == [*map(str, files), "all"]
+    assert [line.split()[-2] for line in table[1:]] == [f"{row['bits_per_char']:.4f}" for row in rows]
+    assert len(works("evaluate", files[0], "-m", tiny_run.dir).out.splitlines()) == 2  # one file needs no sum
+
+
+def test_stateless_evaluation_is_the_sum_of_the_lines(works, tiny_run, corpus_dir):
+    path = corpus_dir / "test.txt"
+    (row,) = works("evaluate", path, "-m", tiny_run.dir, "--json", "--stateless").json
+    lines = works("score", path, "-m", tiny_run.dir, "--json").json
+    assert row["nats"] == pytest.approx(sum(line["nats"] for line in lines))
+    assert row["num_tokens"] == sum(line["num_tokens"] for line in lines)
+    (stream,) = works("evaluate", path, "-m", tiny_run.dir, "--json").json
+    assert stream["nats"] != pytest.approx(row["nats"], rel=1e-6)
+    assert stream["num_tokens"] == row["num_tokens"]
+
+
+def test_cache_and_dynamic_evaluation(works, run_dir, corpus_dir):
+    before = (run_dir / WEIGHTS).read_bytes()
+    path = corpus_dir / "test.txt"
+
+    def nats(*options):
+        (row,) = works("evaluate", path, "-m", run_dir, "--json", *options).json
+        assert row.keys() == {"file", *SCORE_KEYS}
+        return row["nats"]
+
+    static = nats()
+    assert nats("--cache", "--cache-lambda", "0") == pytest.approx(static, rel=1e-5)
+    assert nats("--dynamic", "--dynamic-lr", "0", "--dynamic-decay", "0") == pytest.approx(static, rel=1e-5)
+    cached, dynamic, both = nats("--cache"), nats("--dynamic", "--dynamic-lr", "0.01"), nats("--cache", "--dynamic")
+    assert len({static, cached, dynamic, both}) == 4
+    assert dynamic < static  # a model that has hardly learned anything learns while it reads
+    assert cached < static
+    assert nats() == static
+    assert (run_dir / WEIGHTS).read_bytes() == before
+
+
+def test_score_gives_a_row_a_line(works, tmp_path, tiny_run):
+    lines = ["Abantu bafunda.", "", "\t Izingane 😀", "Umfundi uyafunda kakhulu namhlanje."]
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(lines) + "\n")
+    rows = works("score", path, "-m", tiny_run.dir, "--json").json
+    assert [row["text"] for row in rows] == lines
+    assert all(row.keys() == {"text", *SCORE_KEYS} for row in rows)
+    assert [row["num_chars"] for row in rows] == [len(line) + 1 for line in lines]
+    # From standard input, and a line alone or among others: the same.
+    assert works("score", "-m", tiny_run.dir, "--json", stdin=path.read_bytes()).json == rows
+    (alone,) = works("score", "-", "-m", tiny_run.dir, "--json", stdin=lines[3].encode()).json
+    assert alone["nats"] == pytest.approx(rows[3]["nats"], rel=1e-6)
+
+    table = works("score", path, "-m", tiny_run.dir).out.splitlines()
+    assert table[0].split("\t") == ["nats", "tokens", "chars", "bits_per_char", "text"]
+    for line, row in zip(table[1:], rows, strict=True):
+        nats, num_tokens, num_chars, bits, text = line.split("\t", 4)
+        assert (nats, bits, text) == (f"{row['nats']:.4f}", f"{row['bits_per_char']:.4f}", row["text"])
+        assert (int(num_tokens), int(num_chars)) == (row["num_tokens"], row["num_chars"])
+    assert works("score", "-m", tiny_run.dir, stdin=b"").out.splitlines() == table[:1]
+
+
+def test_words_outside_a_closed_vocabulary_are_noted(works, tmp_path, corpus_dir):
+    words = [setting for setting in QUICK if "vocab_size" not in setting]
+    settings = (*words, "tokenizer.kind=word", "tokenizer.vocab_size=0")
+    works("train", corpus_dir, *settings, "-o", tmp_path / "run")
+    (tmp_path / "new.txt").write_text("Izingcingo zakho\nabantu\n")
+    result = works("evaluate", tmp_path / "new.txt", "-m", tmp_path / "run")
+    assert "2 words are <unk>" in result.err
+    text = works("generate", "abantu bahamba", "-m", tmp_path / "run", "--seed", "1", "--max-tokens", "8").out
+    assert text.startswith(("abantu bahamba ", "abantu bahamba\n"))
+
+
+# generate
+
+
+def test_the_same_seed_gives_the_same_text(works, tiny_run):
+    def text(seed, *args):
+        return works("generate", "Abantu", "-m", tiny_run.dir, "--seed", seed, "--max-tokens", 20, *args).out
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+    assert text(1).startswith("Abantu")
+    assert text(1, "--temperature", 0) == text(2, "--temperature", 0)
+    assert text(1, "--top-k", 1) == text(1, "--temperature", 0)
+    # Without a seed one is drawn, and named, so that the text can be had again.
+    result = works("generate", "Abantu", "-m", tiny_run.dir, "--max-tokens", 20)
+    (seed,) = re.fullmatch(r"seed (\d+)\n", result.err).groups()
+    assert text(seed) == result.out
+
+
+@pytest.mark.parametrize("prompt", [
+    "", "   ", "Abantu", "Abantu ", "😀 ❤️", "umugqa\nowodwa\n", "\n", "\t", "日本", "<eos>", "e\u0301", "-", "a" * 3000,
+])  # fmt: skip
+def test_any_prompt_is_continued(works, tiny_run, prompt):
+    args = ("-m", tiny_run.dir, "--seed", "3", "--max-tokens", "6")
+    (row,) = works("generate", *args, "--json", "--", prompt).json
+    kept = prompt.rstrip(" ")
+    assert row["prompt"] == kept
+    assert row["text"].startswith(kept)
+    assert row["num_tokens"] == 6
+    assert row["seed"] == 3
+    assert works("generate", *args, "--", prompt).out == row["text"] + "\n"
+    # The model reads what stands there: the state after a space is that of the prompt without it.
+    assert works("generate", *args, "--", kept).out == row["text"] + "\n"
+
+
+def test_no_prompt_starts_a_new_text_and_several_are_continued_one_by_one(works, tiny_run):
+    args = ("-m", tiny_run.dir, "--seed", "3", "--max-tokens", "6")
+    new = works("generate", *args).out
+    assert new == works("generate", *args, "").out
+    one, two = works("generate", *args, "Abantu").out, works("generate", *args, "Izingane").out
+    assert works("generate", *args, "Abantu", "Izingane").out == f"{one}\n{two}"
+
+
+def test_several_texts_of_a_prompt(works, tiny_run):
+    args = ("generate", "Abantu", "-m", tiny_run.dir, "--seed", "5", "--max-tokens", "12")
+    rows = works(*args, "--num", "3", "--json").json
+    assert [row["index"] for row in rows] == [0, 1, 2]
+    assert len({row["text"] for row in rows}) == 3
+    assert all(row.keys() == {"prompt", "text", "seed", "index", "nats", "num_tokens"} for row in rows)
+    (alone,) = works(*args, "--json").json
+    assert alone["text"] == rows[0]["text"]
+    assert alone["nats"] == pytest.approx(rows[0]["nats"], rel=1e-4)
+    plain = works(*args, "--num", "3").out
+    assert plain == "\n".join(row["text"] + "\n" for row in rows)
+
+
+def test_probabilities_are_those_of_the_whole_text(works, tiny_run):
+    args = ("generate", "Abantu bafunda", "-m", tiny_run.dir, "--seed", "5", "--max-tokens", "15", "--probabilities")
+    (row,) = works(*args, "--json").json
+    assert "".join(word["text"] for word in row["words"]) == row["text"]
+    assert all(0 < word["probability"] <= 1 for word in row["words"])
+    prompt_words = row["words"][:2]
+    assert [word["text"] for word in prompt_words] == ["Abantu", " bafunda"]
+    # Two computations that share no code but the network: single steps, and windows of a line.
+    (line,) = works("score", "-m", tiny_run.dir, "--json", stdin=b"Abantu bafunda\n").json
+    (longer,) = works("generate", *args[1:], "--json", "--temperature", "0").json
+    nats = -sum(math.log(word["probability"]) for word in prompt_words)
+    with_end = works("generate", "Abantu bafunda\n", *args[2:], "--json").json[0]["words"]
+    end = next(word for word in with_end if word["text"] == "\n")
+    assert nats - math.log(end["probability"]) == pytest.approx(line["nats"], rel=1e-4)
+    generated = -sum(math.log(word["probability"]) for word in longer["words"][2:])
+    assert generated == pytest.approx(longer["nats"], rel=1e-6)
+
+    shown = works(*args).out
+    assert re.match(r"Abantu\[[0-9.e-]+\] bafunda\[[0-9.e-]+\]", shown)
+    assert "\x1b" not in shown  # not a terminal
+
+
+def test_a_text_stops_before_a_stop_string(works, tiny_run):
+    args = ("-m", tiny_run.dir, "--seed", "7", "--max-tokens", "60")
+    whole = works("generate", *args, "Abantu").out[len("Abantu") : -1]
+    for start in (5, 17, 30):
+        stop = whole[start : start + 4]
+        cut = "Abantu" + whole[: whole.index(stop)]
+        assert works("generate", *args, "Abantu", "--stop", stop).out == cut + "\n"
+        (row,) = works("generate", *args, "Abantu", "--json", "--stop", "never there", "--stop", stop).json
+        assert row["text"] == cut
+    (row,) = works("generate", *args, "--stop", r"\n", "--json", "--max-tokens", "400").json
+    assert "\n" not in row["text"]
+
+
+# info, recipe, help
+
+
+def test_info(works, tiny_run):
+    out = works("info", tiny_run.dir).out
+    for part in ("AWD-LSTM", "bpe, 320 tokens", "2 epochs", "finished", "bits per character on validation"):
+        assert part in out
+    facts = works("info", tiny_run.dir, "--json").json[0]
+    assert facts["config"]["hidden_size"] == 24
+    assert facts["recipe"] == tiny_run.recipe
+    assert facts["metrics"] == tiny_run.metrics()
+    assert facts["scores"].keys() == {"valid"}
+
+
+def test_recipe(works):
+    listed = works("recipe").out.splitlines()
+    assert [line.split()[0] for line in listed] == recipe_names()
+    assert all(len(line.split()) > 3 for line in listed)
+    shown = tomllib.loads(works("recipe", "isizulu-cpu", "optim.lr=0.125").out)
+    assert shown["optim"]["lr"] == 0.125
+    assert shown["model"]["hidden_size"] == 512
+    assert tomllib.loads(works("recipe", "default").out)["data"]["bptt"] == 70
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "score", "generate", "info", "recipe"])
+def test_help_goes_to_standard_output(works, name):
+    result = works(name, "--help")
+    assert result.out.startswith(f"Usage: ulimi {name}")
+    assert result.err == ""
+    assert f"\n  {name} " in works("-h").out
+
+
+# Interruptions
+
+
+def test_signals_become_a_wish_and_a_second_one_ends_us():
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with cli._stop_on_signals() as should_stop:
+            assert not should_stop()
+            os.kill(os.getpid(), number)
+            assert should_stop()
+    with cli._stop_on_signals() as should_stop, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        assert should_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_ctrl_c_saves_and_resume_completes(works, tmp_path, corpus_dir):
+    run_dir = tmp_path / "run"
+    args = ["train", corpus_dir, *TINY, "optim.max_epochs=400", "--out", run_dir]
+    with subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == (
+        f"stopped; everything is saved. Continue with: ulimi train {corpus_dir} --out {run_dir} --resume"
+    )
+    num_done = len(open_run(run_dir).metrics())
+    assert num_done >= 1
+    assert "--resume" in works("info", run_dir).out
+    works("train", corpus_dir, "--out", run_dir, "--resume", f"optim.max_epochs={num_done + 1}")
+    assert len(open_run(run_dir).metrics()) == num_done + 1
+    assert "finished" in works("info", run_dir).out
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(works, tmp_path, run_dir, corpus_dir):
+    before = contents(run_dir)
+    limit = (run_dir / CHECKPOINT).stat().st_size - 1
+
+    def fill_the_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    args = ["train", corpus_dir, "--out", run_dir, "--resume", "optim.max_epochs=3"]
+    result = subprocess.run(
+        command(*args), capture_output=True, text=True, timeout=120, env=environment(), preexec_fn=fill_the_disk
+    )
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ulimi: error: ")
+    assert "File too large" in last
+    assert "intact" in last
+    assert "Traceback" not in result.stderr
+    after = contents(run_dir)
+    assert after[str(CHECKPOINT)] == before[str(CHECKPOINT)]
+    assert not [name for name in after if name.endswith(".tmp")]
+    works(*args)
+    assert [row["epoch"] for row in open_run(run_dir).metrics()] == [1, 2, 3]
+
+
+def test_a_reader_that_goes_away_gets_no_traceback(tmp_path, tiny_run):
+    path = tmp_path / "long.txt"
+    path.write_text("Abantu bafunda.\n" * 4000)  # more than a pipe holds
+    with subprocess.Popen(
+        command("score", path, "-m", tiny_run.dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    ) as process:
+        assert process.stdout.readline() == b"nats\ttokens\tchars\tbits_per_char\ttext\n"
+        process.stdout.close()
+        err = process.stderr.read()
+        process.wait(timeout=120)
+    assert err == b""
+    assert process.returncode == 1
+
+
+def test_the_script_and_the_module_are_the_same_command(tiny_run):
+    script = Path(sys.executable).with_name("ulimi")
+    outputs = [
+        subprocess.run([*program, "info", str(tiny_run.dir)], capture_output=True, timeout=60, env=environment())
+        for program in ([sys.executable, "-m", "ulimi"], *([[str(script)]] if script.exists() else []))
+    ]
+    assert all(output.stdout == outputs[0].stdout and output.returncode == 0 for output in outputs)
+    assert b"AWD-LSTM" in outputs[0].stdout
+
+
+def test_what_is_written_can_be_read_back_by_a_pipe(tiny_run):
+    """Bytes, not locale: a text with emoji survives a pipe under the C locale."""
+    result = subprocess.run(
+        command("generate", "😀", "-m", tiny_run.dir, "--seed", "1", "--max-tokens", "3"),
+        capture_output=True, timeout=60, env={**environment(), "LC_ALL": "C"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode().startswith("😀")
