@@ -190,13 +190,14 @@ def test_dropout_is_off_and_no_graph_is_kept(engine):
     assert all(not tensor.requires_grad for layer_state in after for tensor in layer_state)
 
 
-def test_a_step_leaves_pytorchs_settings_as_they_were(engine):
-    before = torch.backends.mkldnn.enabled
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_step_leaves_pytorchs_settings_as_they_were(engine, monkeypatch, enabled):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
     engine.step(np.array([1]), engine.initial_state(1))
-    assert torch.backends.mkldnn.enabled == before
+    assert torch.backends.mkldnn.enabled == enabled
     with pytest.raises(IndexError):
         engine.step(np.array([V]), engine.initial_state(1))
-    assert torch.backends.mkldnn.enabled == before
+    assert torch.backends.mkldnn.enabled == enabled
 
 
 # --- From a run folder -------------------------------------------------------------------------------

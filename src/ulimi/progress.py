@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
     from ulimi.train import Progress as RunProgress
@@ -26,11 +27,11 @@ class TrainingProgress:
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             TextColumn("{task.percentage:3.0f}%  {task.fields[speed]}  loss {task.fields[loss]}  lr {task.fields[lr]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=None, epoch="1", speed="", loss="", lr="", visible=False)
+        self._task = self._bar.add_task("", total=None, epoch="1", speed="", loss="", lr="", left="", visible=False)
         self._last: tuple[float, int] | None = None
         self._last_line = time.perf_counter()
 
@@ -48,23 +49,27 @@ class TrainingProgress:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def step(self, progress: "RunProgress", total_tokens: int, nll: float, lr: float) -> None:
-        """Move the bar; the time left is that of the epoch."""
+        """Move the bar; the time left is that of the epoch, and of all epochs, should none end the run early."""
         now = time.perf_counter()
-        speed = ""
+        speed = left = ""
         if self._last is not None:
-            speed = f"{(progress.tokens - self._last[1]) / (now - self._last[0]):,.0f} tokens/s"
+            rate = (progress.tokens - self._last[1]) / (now - self._last[0])
+            speed = f"{rate:,.0f} tokens/s"
+            epoch_left = timedelta(seconds=round((total_tokens - progress.epoch_tokens) / rate))
+            run_left = timedelta(seconds=round((total_tokens * self._max_epochs - progress.tokens) / rate))
+            left = f"left {epoch_left}, in all {run_left}"
         self._last = (now, progress.tokens)
         epoch = f"{progress.epoch + 1}/{self._max_epochs}"
-        loss, rate = f"{nll:.3f}", f"{lr:.3g}"
+        loss, step_lr = f"{nll:.3f}", f"{lr:.3g}"
         if self._console.is_terminal:
             self._bar.update(
                 self._task, total=total_tokens, completed=progress.epoch_tokens, epoch=epoch, speed=speed, loss=loss,
-                lr=rate, visible=True,
+                lr=step_lr, visible=True,
             )  # fmt: skip
         elif now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
             share = progress.epoch_tokens / total_tokens
-            self.note(f"epoch {epoch} {share:4.0%}  {speed}  loss {loss}  lr {rate}")
+            self.note(f"epoch {epoch} {share:4.0%}  {speed}  loss {loss}  lr {step_lr}  {left}")
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Print an epoch's figures."""
