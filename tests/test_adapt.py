@@ -15,12 +15,11 @@ import reference
 from ulimi import adapt
 from ulimi.adapt import Cache, Dynamic, gradient_stats, run_stats, score_adaptive
 from ulimi.data import encode_file
-from ulimi.engine import TorchEngine, load_model
+from ulimi.engine import TorchEngine, load_model, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM, detach_state
 from ulimi.run import Run, open_run
 from ulimi.score import score_stream
-from ulimi.train import save_weights
 
 V, EOS = 17, 16
 STATIC_WINDOW = 256  # tokens that the cache alone reads at once
@@ -416,7 +415,7 @@ def test_a_cuda_device_gives_the_scores_of_the_cpu(model):
     [
         (3, 10, 200, [0, 10, 20]),
         (3, 10, 2, [0, 10]),
-        (1, 10, 4, [0, 20, 40, 60]),
+        (1, 10, 4, [0, 10, 20, 30]),
         (1, 98, 200, [0]),
         (50, 40, 200, [0]),  # no more streams than the text has windows for
     ],
@@ -510,7 +509,8 @@ def test_weights_that_were_trained_on_have_their_own_statistics(run):
     changed = load_model(run)
     with torch.no_grad():
         changed.lm_head.bias.add_(torch.linspace(-1, 1, changed.vocab_size))
-    save_weights(changed, run.weights_path)
+    write_tensors(dict(changed.named_parameters()), run.weights_path)
+    run = Run(run.dir, run.meta)
     renewed = run_stats(run, load_model(run))
     assert len(kept_files(run)) == 2
     assert not torch.equal(stats["lm_head.bias"], renewed["lm_head.bias"])
@@ -524,6 +524,9 @@ def test_a_training_text_that_is_gone_is_one_error(run, tmp_path, corpus_dir):
     assert kept_files(run) == []
     with pytest.raises(UlimiError, match="elsewhere"):
         run_stats(run, model, tmp_path / "elsewhere.txt")
+    # Another text's statistics are not the run's own, and are not kept.
+    run_stats(run, model, corpus_dir / "valid.txt")
+    assert kept_files(run) == []
     # Naming it works, and once is enough.
     stats = run_stats(run, model, corpus_dir / "train.txt")
     assert_same_stats(run_stats(run, model), stats)

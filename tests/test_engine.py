@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reference
-from ulimi.engine import TorchEngine, choose_device, load_engine, load_model
+from ulimi.engine import TorchEngine, choose_device, load_engine, load_model, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM
 from ulimi.run import open_run
-from ulimi.train import save_weights
 
 V = 19
 IDS = [3, 7, 7, 0, 18, 5, 11, 3, 7, 2, 9, 9, 14]
@@ -210,7 +209,7 @@ def make_run(tmp_path):
     def make(model, **config):
         (tmp_path / "meta.json").write_text(json.dumps({"format": 1}))
         (tmp_path / "config.json").write_text(json.dumps({"awd_lstm": {**CONFIG, **config}}))
-        save_weights(model, tmp_path / "model.safetensors")
+        write_tensors(dict(model.named_parameters()), tmp_path / "model.safetensors")
         return open_run(tmp_path)
 
     return make
@@ -232,7 +231,7 @@ def test_load_model_gives_back_what_was_saved(make_run, tie_weights):
 
 
 def test_a_trained_run_loads(tiny_run):
-    engine = load_engine(tiny_run, "cpu")
+    engine = load_engine(tiny_run, "cpu", kind="torch")
     assert engine.vocab_size == tiny_run.tokenizer.vocab_size == 320
     logits, _ = engine.step(np.array([tiny_run.tokenizer.eos_id]), engine.initial_state(1))
     assert logits.shape == (1, 320)
@@ -312,7 +311,7 @@ def test_a_setting_that_is_missing_is_one_error(make_run, model):
 def test_without_pytorch_the_error_says_what_to_install(tiny_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UlimiError, match=r"ulimi\[train\]"):
-        load_engine(tiny_run)
+        load_engine(tiny_run, kind="torch")
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "mps", "meta"])

@@ -17,8 +17,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ulimi.engine import Engine
 from ulimi.errors import UlimiError
-from ulimi.generate import Engine, Sampling, Step, filter_logits, generate, log_softmax, sample, score_prompt
+from ulimi.generate import Sampling, Step, filter_logits, generate, log_softmax, sample, score_prompt
 
 INF = math.inf
 GREEDY = Sampling(temperature=0)

@@ -181,7 +181,7 @@ def test_progress_counts_all_tokens(engine, tokenizer, text_ids):
 
 def test_a_trained_run_scores_as_its_training_reported(tiny_run, corpus_dir):
     text = encode_file(corpus_dir / "valid.txt", tiny_run.tokenizer)
-    nats = score_stream(load_engine(tiny_run, "cpu"), text.ids, tiny_run.tokenizer.eos_id)
+    nats = score_stream(load_engine(tiny_run, "cpu", kind="torch"), text.ids, tiny_run.tokenizer.eos_id)
     score = Score.of(nats, len(text.ids), text.stats)
     assert score.as_dict() == pytest.approx(tiny_run.meta["scores"]["valid"])
     assert score.perplexity < tiny_run.tokenizer.vocab_size

@@ -251,7 +251,7 @@ def test_a_checkpoint_inside_an_epoch_is_written_when_it_is_due(tmp_path, corpus
     assert read_checkpoint(tmp_path)[1]["step"] == 6
 
 
-@pytest.mark.parametrize("failing", ["_save_tensors", "plot_curve", "json.dumps"])
+@pytest.mark.parametrize("failing", ["safetensors.torch.save_file", "ulimi.train.plot_curve", "ulimi.train.json.dumps"])
 def test_a_write_that_fails_leaves_the_last_good_checkpoint(tmp_path, corpus, monkeypatch, failing):
     whole = tmp_path / "whole"
     train(corpus, whole, tiny())
@@ -266,12 +266,12 @@ def test_a_write_that_fails_leaves_the_last_good_checkpoint(tmp_path, corpus, mo
                 path.write_bytes(b"half of a fi")
         raise OSError("no space left")
 
-    should_stop = stop_after(5) if failing == "_save_tensors" else bool
+    should_stop = stop_after(5) if failing == "safetensors.torch.save_file" else bool
     with monkeypatch.context() as patch:
-        patch.setattr(f"ulimi.train.{failing}", fail)
+        patch.setattr(failing, fail)
         with pytest.raises(OSError, match="no space left"):
             train(corpus, run_dir, tiny(), resume=True, should_stop=should_stop)
-    if failing != "plot_curve":
+    if failing != "ulimi.train.plot_curve":
         assert (run_dir / CHECKPOINT).read_bytes() == before
     assert not [path for path in run_dir.rglob("*") if path.name.endswith(".tmp")]
     train(corpus, run_dir, tiny(), resume=True)
@@ -662,6 +662,33 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(
     assert math.isfinite(progress["epoch_nats"])
     assert (progress["step"] > 0) == (checkpoint_minutes == 0.0)
     assert not (tmp_path / WEIGHTS).exists()
+
+
+def test_a_loss_that_is_not_finite_is_noticed_within_a_few_steps(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr("ulimi.train.CHECK_EVERY", 3)
+    trainer = make_trainer(corpus, tmp_path)
+    monkeypatch.setattr("ulimi.train.regularisation", lambda raw, *_: (raw.sum() * math.nan, torch.zeros(())))
+    # The first step's own loss is finite, its gradient is not; the second step has the spoilt weights.
+    message = refusal(lambda: trainer.run(5.0, False, bool))
+    assert "training loss is nan in epoch 1, step 3" in message
+
+
+def test_weights_that_the_very_last_step_has_spoilt_are_not_kept(tmp_path, corpus, monkeypatch):
+    trainer = make_trainer(corpus, tmp_path)
+    step = trainer.optimizer.step
+
+    def spoil():
+        step()
+        if trainer.progress.step == 4:  # the fifth: its loss was still that of good weights
+            with torch.no_grad():
+                trainer.model.lm_head.bias[0] = math.inf
+
+    monkeypatch.setattr(trainer.optimizer, "step", spoil)
+    message = refusal(lambda: trainer.run(0.0, False, stop_after(5)))
+    assert "largest weight is inf in epoch 1, step 5" in message
+    tensors, progress = read_checkpoint(tmp_path)
+    assert progress["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_a_validation_loss_that_is_not_finite_keeps_what_the_epoch_before_left(tmp_path, corpus, monkeypatch):

@@ -12,20 +12,20 @@ Both read one stream. Settings are tuned on validation text only. Legend: as in 
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ulimi.data import Ids, encode_file, make_streams
+from ulimi.engine import read_tensors, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM, State, detach_state
-from ulimi.run import Run, atomic_path
+from ulimi.run import Run
 
 Stats = dict[str, Tensor]
 """parameter name -> mean square of its gradients"""
@@ -225,7 +225,7 @@ def gradient_stats(
         ids: of the training text, (N,).
         batch_size: B. The magnitude of the statistics depends on B x bptt, and lr and epsilon on the statistics.
         bptt: T.
-        max_batches: batches, spread over the text; 200 x 20 x 70 tokens settle the mean.
+        max_batches: the first so many windows of the streams, which begin all over the text.
         on_batches: told how many batches are done.
 
     Returns:
@@ -235,7 +235,7 @@ def gradient_stats(
     streams_BS = make_streams(ids, min(batch_size, max(1, len(ids) // (bptt + 1))))
     bptt = min(bptt, streams_BS.shape[1] - 1)
     starts = list(range(0, streams_BS.shape[1] - bptt, bptt))
-    chosen = starts[:: max(1, len(starts) // max_batches)][:max_batches]
+    chosen = starts[:max_batches]
     squares = [torch.zeros_like(p) for p in model.parameters()]
     state: State | None = None
     with without_dropout(model):
@@ -253,7 +253,7 @@ def gradient_stats(
 def run_stats(
     run: Run, model: AWDLSTM, train_path: Path | None = None, on_batches: Callable[[int], None] = lambda done: None
 ) -> Stats:
-    """Give a run's gradient statistics, which are kept in its folder once they are known.
+    """Give a run's gradient statistics; those of its own training text are kept in its folder once they are known.
 
     Args:
         run: whose best weights `model` holds.
@@ -267,12 +267,14 @@ def run_stats(
     # Weights that were trained on since have other statistics: the file's name carries the weights' hash.
     kept = run.dir / f"gradient_stats.{run.weights_sha256[:16]}.safetensors"
     if train_path is None and kept.is_file():
-        known: Stats = load_file(kept)
-        return known
+        return read_tensors(kept)
     text_path = train_path or Path(run.meta["data"]["train"]["path"])
     if not text_path.is_file():
         raise UlimiError(f"--dynamic needs the training text, and {text_path} is not there: name it with --stats-from")
-    stats = gradient_stats(model, encode_file(text_path, run.tokenizer).ids, on_batches=on_batches)
-    with atomic_path(kept) as unfinished:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in stats.items()}, unfinished)
+    text = encode_file(text_path, run.tokenizer)
+    stats = gradient_stats(model, text.ids, on_batches=on_batches)
+    if asdict(text.stats).items() <= run.meta["data"]["train"].items():
+        # Another text's statistics are not the run's own; and one in a folder that cannot be written to can be judged.
+        with suppress(OSError):
+            write_tensors(stats, kept)
     return stats

@@ -195,9 +195,7 @@ def evaluate(
             Dynamic(dynamic_lr, dynamic_decay, dynamic_epsilon, dynamic_window) if dynamic else None,
         )  # fmt: skip
     else:
-        # A figure is that of the weights where they can be run, not of their int8 copy.
-        kind = "torch" if engine == "auto" and find_spec("torch") is not None else engine
-        score_file = _static_scorer(run, load_engine(run, device, kind=kind), stateless)
+        score_file = _static_scorer(run, load_engine(run, device, kind=_engine_for_figures(engine)), stateless)
     scores: dict[str, Score] = {}
     for path in files:
         with counting(f"reading {path}") as on_tokens:
@@ -211,6 +209,11 @@ def evaluate(
             typer.echo(json.dumps({"file": "all", **total.as_dict()}))
     if not as_json:
         _print_scores(scores)
+
+
+def _engine_for_figures(engine: str) -> str:
+    """A figure is that of the weights where they can be run: how their int8 copy rounds depends on the whole batch."""
+    return "torch" if engine == "auto" and find_spec("torch") is not None else engine
 
 
 def _static_scorer(run: "Run", engine: "Engine", stateless: bool) -> "Callable[[Path, Callable[[int], None]], Score]":
@@ -275,7 +278,7 @@ def score(
     from ulimi.score import score_lines
 
     run = open_run(model)
-    scorer = load_engine(run, device, kind=engine)
+    scorer = load_engine(run, device, kind=_engine_for_figures(engine))
     # Who types lines wants each answer at once; a file is faster in batches.
     at_once = 1 if file == "-" and sys.stdin.isatty() else 256
     if not as_json:

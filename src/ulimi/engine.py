@@ -5,7 +5,7 @@ model.onnx on ONNX Runtime; `TorchEngine` runs the weights on PyTorch. Each is i
 before.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulimi.errors import UlimiError
-from ulimi.run import ONNX, WEIGHTS, Run
+from ulimi.run import ONNX, WEIGHTS, Run, atomic_path
 
 if TYPE_CHECKING:
     import torch
@@ -219,20 +219,39 @@ def choose_device(name: str) -> "torch.device":
     return device
 
 
-def load_weights(run: Run) -> "dict[str, torch.Tensor]":
-    """Read a run's best weights.
+def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
+    """Read a safetensors file.
 
     Raises:
-        UlimiError: no weights yet, or a file that cannot be read.
+        UlimiError: it cannot be read as one.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        weights: dict[str, torch.Tensor] = load_file(run.weights_path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UlimiError(f"{run.weights_path}: cannot be read: {error}") from None
-    return weights
+        raise UlimiError(f"{path}: cannot be read: {error}") from None
+    return tensors
+
+
+def write_tensors(tensors: "Mapping[str, torch.Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, because the disk is full, say.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as unfinished:
+        try:
+            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, unfinished, metadata)
+        except SafetensorError as error:
+            # safetensors wraps a full disk in an exception of its own.
+            raise OSError(f"cannot write {path}: {error}") from None
+        # safetensors leaves the file readable by its owner alone, whatever the umask says.
+        unfinished.chmod(0o644)
 
 
 def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
@@ -243,7 +262,7 @@ def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
     """
     from ulimi.model import AWDLSTM
 
-    weights = load_weights(run)
+    weights = read_tensors(run.weights_path)
     try:
         model = AWDLSTM(**run.config)
         if model.tie_weights:

@@ -154,4 +154,4 @@ def _gates(values: torch.Tensor | torch.nn.Module) -> NDArray[Any]:
 
 def _numpy(values: torch.Tensor | torch.nn.Module) -> NDArray[Any]:
     assert isinstance(values, torch.Tensor)
-    return values.detach().cpu().numpy()
+    return values.detach().float().cpu().numpy()

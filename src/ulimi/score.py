@@ -150,4 +150,4 @@ def _score_rows(engine: Engine, rows: list[list[int]], eos_id: int) -> list[floa
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+    return math.inf if x > 700 else math.exp(x)

@@ -21,13 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ulimi
 from ulimi.corpus import Corpus, read_lines
 from ulimi.data import IGNORED, EncodedText, Ids, Windows, encode_file, make_streams, validation_rows
-from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, load_weights
+from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.export import describe_export, export_onnx
 from ulimi.info import model_card
@@ -336,7 +335,8 @@ class Trainer:
         self._check_finite(valid, "validation loss", self.recipe.optim.lr)
         if valid < p.best:
             p.best, p.best_epoch = valid, p.epoch + 1
-            save_weights(self.model, self.run_dir / WEIGHTS)
+            # A tied decoder matrix is one parameter, and is written once.
+            write_tensors(dict(self.model.named_parameters()), self.run_dir / WEIGHTS, {"format": "pt"})
         return valid
 
     def _finish(self) -> dict[str, Any]:
@@ -430,10 +430,7 @@ class Trainer:
             "num_iterates": self.average.num_iterates if self.average is not None else None,
             "window_rng": self.window_rng.bit_generator.state,
         }
-        with atomic_path(self.run_dir / CHECKPOINT) as path:
-            _save_tensors(
-                {k: v.contiguous().cpu() for k, v in tensors.items()}, path, {"progress": json.dumps(progress)}
-            )
+        write_tensors(tensors, self.run_dir / CHECKPOINT, {"progress": json.dumps(progress)})
 
     def _load_checkpoint(self) -> None:
         path = self.run_dir / CHECKPOINT
@@ -539,30 +536,13 @@ def validation_nats(model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int) -> f
     return total.item()
 
 
-def save_weights(model: AWDLSTM, path: Path) -> None:
-    """Write the weights as safetensors; a tied decoder matrix is not written twice."""
-    tensors = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters()}
-    with atomic_path(path) as unfinished:
-        _save_tensors(tensors, unfinished, {"format": "pt"})
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        # safetensors wraps a full disk in an exception of its own.
-        raise OSError(f"cannot write {path.parent}: {error}") from None
-    # safetensors leaves the file readable by its owner alone, whatever the umask says.
-    path.chmod(0o644)
-
-
 def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
     """Start from another run's best weights; pieces that its tokenizer lacks get the mean vector.
 
     Raises:
         UlimiError: the two networks differ in size.
     """
-    weights = load_weights(source)
+    weights = read_tensors(source.weights_path)
     own = dict(model.named_parameters())
     old_vocab, new_vocab = source.tokenizer.backend.get_vocab(), tokenizer.backend.get_vocab()
     same_tokens = old_vocab == new_vocab
