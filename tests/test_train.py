@@ -670,7 +670,7 @@ def test_a_loss_that_is_not_finite_is_noticed_within_a_few_steps(tmp_path, corpu
     monkeypatch.setattr("ulimi.train.regularisation", lambda raw, *_: (raw.sum() * math.nan, torch.zeros(())))
     # The first step's own loss is finite, its gradient is not; the second step has the spoilt weights.
     message = refusal(lambda: trainer.run(5.0, False, bool))
-    assert "training loss is nan in epoch 1, step 3" in message
+    assert "training loss is nan in epoch 1, step 3," in message
 
 
 def test_weights_that_the_very_last_step_has_spoilt_are_not_kept(tmp_path, corpus, monkeypatch):
@@ -685,7 +685,7 @@ def test_weights_that_the_very_last_step_has_spoilt_are_not_kept(tmp_path, corpu
 
     monkeypatch.setattr(trainer.optimizer, "step", spoil)
     message = refusal(lambda: trainer.run(0.0, False, stop_after(5)))
-    assert "largest weight is inf in epoch 1, step 5" in message
+    assert "largest weight is inf in epoch 1, step 5," in message
     tensors, progress = read_checkpoint(tmp_path)
     assert progress["step"] == 4
     assert all(tensor.isfinite().all() for tensor in tensors.values())
