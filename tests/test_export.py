@@ -16,6 +16,7 @@ from ulimi.engine import OnnxEngine, TorchEngine, load_engine, load_model
 from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM
 from ulimi.run import open_run
+from ulimi.score import score_lines
 
 
 @pytest.fixture
@@ -155,3 +156,11 @@ for arguments in (
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[0])["num_tokens"] == 5
+
+
+def test_a_lines_score_does_not_depend_on_its_neighbours_in_int8_either(tiny_run, corpus_dir):
+    engine = OnnxEngine(tiny_run.dir / "model.onnx")
+    lines = (corpus_dir / "test.txt").read_text().splitlines()
+    together = [score.nats for _, score in score_lines(engine, tiny_run.tokenizer, lines)]
+    alone = [next(score_lines(engine, tiny_run.tokenizer, [line]))[1].nats for line in lines]
+    assert together == alone

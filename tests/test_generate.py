@@ -29,6 +29,8 @@ FakeState = tuple[tuple[int, ...], ...]  # what each row has seen
 class TableEngine:
     """Logits from `table[id before the last, last id]`; `fed` lists the ids of each call."""
 
+    batch_invariant = True
+
     def __init__(self, table_VVV: NDArray[np.float32]) -> None:
         self.table_VVV = table_VVV
         self.vocab_size = len(table_VVV)

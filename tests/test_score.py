@@ -28,6 +28,8 @@ LINES = [
 class UniformEngine:
     """Every id is as likely as any other; its state is how many ids each stream has read."""
 
+    batch_invariant = True
+
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.windows: list[tuple[int, ...]] = []

@@ -105,6 +105,8 @@ def train(
     from ulimi.train import Interrupted, claim_folder
     from ulimi.train import train as run_training
 
+    if tensorboard and find_spec("tensorboard") is None:
+        raise UlimiError("--tensorboard needs the tensorboard package: pip install 'ulimi[all]'")
     if new_tokenizer and init_from is None:
         raise UlimiError("--new-tokenizer goes with --init-from; a run from scratch trains its own tokenizer anyway")
     if resume and init_from is not None:
@@ -196,19 +198,19 @@ def evaluate(
         )  # fmt: skip
     else:
         score_file = _static_scorer(run, load_engine(run, device, kind=_engine_for_figures(engine)), stateless)
-    scores: dict[str, Score] = {}
+    rows: list[tuple[str, Score]] = []
     for path in files:
         with counting(f"reading {path}") as on_tokens:
-            scores[str(path)] = score_file(path, on_tokens)
+            rows.append((str(path), score_file(path, on_tokens)))
         if as_json:
-            typer.echo(json.dumps({"file": str(path), **scores[str(path)].as_dict()}))
+            typer.echo(json.dumps({"file": str(path), **rows[-1][1].as_dict()}))
     if len(files) > 1:
-        total = sum(list(scores.values())[1:], start=next(iter(scores.values())))
-        scores["all"] = total
+        first, *others = (file_score for _, file_score in rows)
+        rows.append(("all", sum(others, start=first)))
         if as_json:
-            typer.echo(json.dumps({"file": "all", **total.as_dict()}))
+            typer.echo(json.dumps({"file": "all", **rows[-1][1].as_dict()}))
     if not as_json:
-        _print_scores(scores)
+        _print_scores(rows)
 
 
 def _engine_for_figures(engine: str) -> str:
@@ -460,14 +462,14 @@ def recipe(
     typer.echo(explain(load_recipe(None if name == "default" else name, settings or [])))
 
 
-def _print_scores(scores: "dict[str, Score]") -> None:
+def _print_scores(scores: "Sequence[tuple[str, Score]]") -> None:
     header = ("file", "tokens", "chars", "nats", "ppl/token", "ppl/word", "bits/char", "bits/byte")
     rows = [header] + [
         (
             name, f"{s.num_tokens:,}", f"{s.num_chars:,}", f"{s.nats:.1f}", f"{s.perplexity:.2f}",
             f"{s.word_perplexity:.1f}", f"{s.bits_per_char:.4f}", f"{s.bits_per_byte:.4f}",
         )
-        for name, s in scores.items()
+        for name, s in scores
     ]  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for row in rows:

@@ -39,6 +39,11 @@ class Engine(Protocol):
         """V: ids are 0 to V - 1."""
         ...
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's numbers are its own, whatever rows stand beside it (but for the last bits)."""
+        ...
+
     def initial_state(self, batch_size: int) -> EngineState:
         """Zeros for `batch_size` streams."""
 
@@ -62,6 +67,8 @@ class Engine(Protocol):
 
 class TorchEngine:
     """`Engine` on PyTorch."""
+
+    batch_invariant = True
 
     def __init__(self, model: "AWDLSTM") -> None:
         self._model = model.eval()
@@ -123,6 +130,9 @@ class OnnxEngine:
     Raises:
         UlimiError: the file cannot be read as one.
     """
+
+    # int8 finds one scale for the activations of all rows together.
+    batch_invariant = False
 
     def __init__(self, path: Path) -> None:
         import onnxruntime

@@ -2,13 +2,25 @@
 
 from typing import Any
 
+from ulimi.errors import UlimiError
 from ulimi.run import Run
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
-    """Give the facts of a run as (name, value) rows."""
+    """Give the facts of a run as (name, value) rows.
+
+    Raises:
+        UlimiError: its meta.json is not complete.
+    """
+    try:
+        return _facts(run)
+    except KeyError as error:
+        raise UlimiError(f"{run.dir}/meta.json: no entry {error}") from None
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
     meta, config = run.meta, run.config
     data, training = meta["data"], meta.get("training", {})
     metrics = run.metrics()

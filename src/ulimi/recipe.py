@@ -31,7 +31,9 @@ OPTIM_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=True
+    )
 
 
 class TokenizerRecipe(_Section):
@@ -111,7 +113,7 @@ class OptimRecipe(_Section):
     """n of the non-monotonic trigger, in epochs [nonmono]"""
     average_at_start: bool = False
     """nt-asgd as finetuning: average from the first step, and let the trigger end the run"""
-    lr_drops: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    lr_drops: tuple[Annotated[int, Field(ge=1)], ...] = Field((), strict=False)
     """divide lr by 10 at the end of these epochs, counted from 1 [when]"""
     warmup_steps: int = Field(200, ge=0)
     """adamw: steps of linear warm-up"""

@@ -118,13 +118,14 @@ def score_lines(
         lines: without their line ends.
         lines_at_once: lines held together, and sorted by length so that little is padded.
     """
+    rows_at_once = ROWS_AT_ONCE if engine.batch_invariant else 1
     lines = iter(lines)
     while batch := list(islice(lines, lines_at_once)):
         ids = tokenizer.encode_lines(batch)
         nats = [0.0] * len(batch)
         by_length = sorted(range(len(batch)), key=lambda i: len(ids[i]))
-        for start in range(0, len(batch), ROWS_AT_ONCE):
-            rows = by_length[start : start + ROWS_AT_ONCE]
+        for start in range(0, len(batch), rows_at_once):
+            rows = by_length[start : start + rows_at_once]
             for row, row_nats in zip(rows, _score_rows(engine, [ids[i] for i in rows], tokenizer.eos_id), strict=True):
                 nats[row] = row_nats
         for line, line_ids, line_nats in zip(batch, ids, nats, strict=True):
