@@ -4,6 +4,8 @@ import gzip
 import itertools
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +194,49 @@ def test_a_text_that_was_half_encoded_is_encoded_again(text_path, cache):
         tokenizer = CountingTokenizer()
         assert encode_file(text_path, tokenizer, cache).ids.tolist() == first.ids.tolist()
         assert tokenizer.batches == [4]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".json", lambda content: b""),
+        (".json", lambda content: content[: len(content) // 2]),
+        (".json", lambda content: b"\xff\x00"),
+        (".json", lambda content: b"[]"),
+        (".json", lambda content: content.replace(b'"num_tokens"', b'"tokens"')),
+        (".json", lambda content: content.replace(b'"num_lines"', b'"lines"')),
+        (".json", lambda content: content.replace(b"uint16", b"uint99")),
+        (".ids", lambda content: b""),
+        (".ids", lambda content: content[:-1]),
+        (".ids", lambda content: content + b"\0\0"),
+    ],
+)
+def test_a_damaged_cache_entry_is_encoded_again(text_path, cache, suffix, damage):
+    first = encode_file(text_path, CountingTokenizer(), cache)
+    expected = first.ids.tolist()
+    entry = cache / f"{first.digest}{suffix}"
+    content = damage(entry.read_bytes())
+    entry.unlink()  # the old file stays under the first mapping
+    entry.write_bytes(content)
+    for batches in ([4], []):  # once, and then the entry is good
+        tokenizer = CountingTokenizer()
+        again = encode_file(text_path, tokenizer, cache)
+        assert tokenizer.batches == batches
+        assert again.ids.tolist() == expected
+        assert (again.stats, again.num_unknown) == (first.stats, first.num_unknown)
+
+
+def test_what_can_be_read_only_once_is_an_error(tmp_path, cache):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader, writer = os.pipe()
+    try:
+        for path in (fifo, Path(f"/dev/fd/{reader}"), Path("/dev/null"), Path("-")):
+            with pytest.raises(UlimiError, match=rf"^{re.escape(str(path))}: .*read more than once.*give a file$"):
+                encode_file(path, CountingTokenizer(), cache)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_write_that_fails_leaves_no_half_of_a_text(text_path, cache, monkeypatch):

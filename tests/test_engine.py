@@ -1,7 +1,9 @@
 """The engine on PyTorch: its calls agree with each other and with the equations, and a state is a value."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reference
-from ulimi.engine import TorchEngine, choose_device, load_engine, load_model, write_tensors
+from ulimi.engine import OnnxEngine, TorchEngine, choose_device, load_engine, load_model, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM
 from ulimi.run import open_run
+from ulimi.tokenizer import Tokenizer
 
 V = 19
 IDS = [3, 7, 7, 0, 18, 5, 11, 3, 7, 2, 9, 9, 14]
@@ -308,6 +311,44 @@ def test_a_setting_that_is_missing_is_one_error(make_run, model):
         load_model(run)
 
 
+@pytest.mark.parametrize("kind", ["torch", "onnx", "auto"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_tokenizer_of_another_network_is_one_error(tiny_run, tmp_path, kind, alone):
+    run_dir = Path(shutil.copytree(tiny_run.dir, tmp_path / "run"))
+    Tokenizer.train(["Abantu bafunda"], kind="char").save(run_dir)
+    if alone and kind != "torch":
+        (run_dir / "model.safetensors").unlink()
+    with pytest.raises(UlimiError, match=r"tokenizer\.json has \d+ tokens, the network .* 320; they do not") as caught:
+        load_engine(open_run(run_dir), kind=kind)
+    assert "\n" not in str(caught.value)
+    if not alone:
+        with pytest.raises(UlimiError, match=r"tokenizer\.json has"):
+            load_model(open_run(run_dir))
+
+
+def test_onnx_computes_on_no_other_device(tiny_run):
+    for device in ("cuda", "cuda:1", "nonsense"):
+        with pytest.raises(UlimiError, match=f"--device {device}: --engine onnx computes on the CPU"):
+            load_engine(tiny_run, device, kind="onnx")
+    assert isinstance(load_engine(tiny_run, "cpu", kind="onnx"), OnnxEngine)
+
+
+def test_a_damaged_graph_is_left_aside_where_pytorch_can_do(tiny_run, tmp_path, monkeypatch):
+    run_dir = Path(shutil.copytree(tiny_run.dir, tmp_path / "run"))
+    graph = run_dir / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:1000])
+    assert isinstance(load_engine(open_run(run_dir)), TorchEngine)
+    damaged = pytest.raises(UlimiError, match=r"model\.onnx: cannot be read")
+    with damaged:
+        load_engine(open_run(run_dir), kind="onnx")
+    with monkeypatch.context() as patch, damaged:
+        patch.setitem(sys.modules, "torch", None)
+        load_engine(open_run(run_dir))
+    (run_dir / "model.safetensors").unlink()
+    with damaged:
+        load_engine(open_run(run_dir))
+
+
 def test_without_pytorch_the_error_says_what_to_install(tiny_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UlimiError, match=r"ulimi\[train\]"):
@@ -318,6 +359,15 @@ def test_without_pytorch_the_error_says_what_to_install(tiny_run, monkeypatch):
 def test_a_device_that_cannot_be_used_is_one_error(name):
     with pytest.raises(UlimiError, match=f"--device {name}: .*; allowed: auto, cpu, cuda"):
         choose_device(name)
+
+
+def test_a_device_beyond_the_last_is_one_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [choose_device(name).index for name in ("auto", "cuda", "cuda:0", "cuda:1")] == [None, None, 0, 1]
+    for name in ("cuda:2", "cuda:9"):
+        with pytest.raises(UlimiError, match=f"--device {name}: no such CUDA device, 2 in all; .*N below 2$"):
+            choose_device(name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ulimi.engine import Engine
+from ulimi.engine import Engine, load_engine
 from ulimi.errors import UlimiError
 from ulimi.generate import Sampling, Step, filter_logits, generate, log_softmax, sample, score_prompt
 
@@ -309,7 +309,6 @@ def test_greedy_follows_the_argmax():
     seen = [0, 2]
     for step in steps:
         assert step.id == engine.logits_after(seen).argmax()
-        assert (step.rank, step.sampling_logprob) == (1, 0.0)
         seen.append(step.id)
 
 
@@ -338,6 +337,17 @@ def test_a_row_is_the_same_for_any_number_of_rows(sampling):
     for num in (1, 3):
         assert rows(num) == {row: many[row] for row in range(num)}
     assert len({tuple(step.id for step in row) for row in many.values()}) > 5  # short rows may agree by chance
+
+
+def test_a_row_of_the_int8_engine_is_the_same_for_any_number_of_rows(tiny_run):
+    engine = load_engine(tiny_run, kind="onnx")
+    prompt = tiny_run.tokenizer.encode("Abantu")
+
+    def first_row(num: int) -> list[Step]:
+        steps = generate(engine, prompt, sampling=Sampling(), max_tokens=60, num=num, seed=3)
+        return [step for step in steps if step.row == 0]
+
+    assert first_row(1) == first_row(3)
 
 
 def test_the_seed_decides_the_text():
@@ -382,17 +392,13 @@ def test_should_stop_is_not_asked_about_a_stop_id():
     list(generate(make_engine(), [0], should_stop=lambda row, ids: pytest.fail("asked"), **options))
 
 
-def test_the_logprobs_and_ranks_are_those_of_the_model_and_of_the_filtered_distribution():
+def test_the_logprobs_are_those_of_the_model_whatever_the_sampling():
     engine = make_engine()
     prompt, sampling = [0, 1], Sampling(temperature=0.7, top_k=5, top_p=0.8)
     seen = {row: list(prompt) for row in range(4)}
     for step in generate(engine, prompt, sampling=sampling, max_tokens=8, num=4):
         logits = engine.logits_after(seen[step.row]).tolist()
-        kept, _ = brute_force(logits, sampling)
-        probs = dict(zip(kept, softmax([logits[token] / 0.7 for token in kept]), strict=True))
         assert step.logprob == pytest.approx(math.log(softmax(logits)[step.id]))
-        assert step.sampling_logprob == pytest.approx(math.log(probs[step.id]))
-        assert step.rank == sorted(logits, reverse=True).index(logits[step.id]) + 1
         seen[step.row].append(step.id)
 
 
@@ -401,11 +407,6 @@ def test_the_logprobs_of_all_texts_of_a_length_sum_to_one():
     texts = itertools.product(range(4), repeat=3)
     totals = [sum(step.logprob for step in score_prompt(engine, [0, *text])) for text in texts]
     assert math.fsum(map(math.exp, totals)) == pytest.approx(1.0)
-
-
-def test_ranks_among_equals_are_in_the_order_of_ids():
-    engine = TableEngine(np.tile(np.array([1, 2, 1, 2], dtype=np.float32), (4, 4, 1)))
-    assert [step.rank for step in score_prompt(engine, [0, 0, 1, 2, 3])] == [3, 1, 4, 2]
 
 
 def test_a_generated_text_scores_as_it_was_generated():

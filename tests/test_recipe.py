@@ -244,3 +244,20 @@ values = st.integers() | st.none() | st.text(max_size=5) | st.lists(st.integers(
 @given(st.dictionaries(keys | st.sampled_from(list(Recipe.model_fields)), values | st.dictionaries(keys, values)))
 def test_whatever_settings_are_they_are_taken_or_refused_in_one_line(settings):
     assert_taken_or_refused(lambda: build_recipe(settings))
+
+
+def test_another_optimizer_brings_its_own_rates():
+    changed = load_recipe("isizulu-cpu", ["optim.kind=nt-asgd"])
+    assert (changed.optim.lr, changed.optim.max_grad_norm, changed.optim.max_epochs) == (30.0, 0.25, 500)
+    assert load_recipe("isizulu-cpu", ["optim.kind=nt-asgd", "optim.lr=20"]).optim.lr == 20.0
+    assert load_recipe("isizulu-cpu", ["optim.kind=adamw"]) == load_recipe("isizulu-cpu")
+    assert not load_recipe("ptb-finetune", ["optim.kind=adamw"]).optim.average_at_start
+
+
+@pytest.mark.parametrize(
+    "override", ["model.num_layers=true", 'model.hidden_size="640"', "optim.seed=9223372036854775808"]
+)
+def test_values_are_not_bent_into_shape(override):
+    with pytest.raises(UlimiError, match=override.split("=")[0]):
+        load_recipe(None, [override])
+    assert load_recipe(None, ["optim.lr=3", "optim.lr_drops=[2, 4]"]).optim.lr_drops == (2, 4)

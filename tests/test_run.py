@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from ulimi.train import Progress
 
 LAYERS = [
     {"errors"},
+    {"files"},
     {"tokenizer", "corpus"},
     {"run"},
     {"data"},
@@ -144,6 +146,47 @@ def test_an_atomic_write_is_there_whole_or_not_at_all(tmp_path):
     assert list(path.parent.iterdir()) == [path]
     write_text(path, "isiZulu “ō”\n")
     assert path.read_bytes() == "isiZulu “ō”\n".encode()
+
+
+def test_an_atomic_write_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        done.append("folder" if is_folder else os.pread(descriptor, 9, 0))
+        fsync(descriptor)
+
+    def noted_replace(path, target):
+        done.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    write_text(tmp_path / "x", "whole")
+    assert done == [b"whole", "rename", "folder"]
+
+
+def test_an_atomic_write_works_where_a_folder_cannot_be_synced(tmp_path, monkeypatch):
+    def refuse(path, flags):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("ulimi.files.os.open", refuse)
+    with atomic_path(tmp_path / "x") as unfinished:
+        unfinished.touch()
+    assert (tmp_path / "x").exists()
+
+
+def test_an_atomic_write_that_does_not_reach_the_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    write_text(tmp_path / "x", "old")
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ulimi.files.os.fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_text(tmp_path / "x", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_an_atomic_write_into_a_folder_that_is_a_file_fails_cleanly(tmp_path):

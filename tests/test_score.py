@@ -1,6 +1,7 @@
 """Scores: the figures by their definitions, and every token of a text counted once, whatever the window or batch."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -128,10 +129,13 @@ def test_as_dict_has_the_promised_keys_and_values():
     assert list(score.as_dict()) == keys.split()
 
 
-def test_a_perplexity_too_large_for_a_float_is_infinite():
+def test_a_perplexity_too_large_for_a_float_is_infinite_and_null_in_json():
     score = Score(nats=5000.0, num_tokens=1, num_words=1, num_lines=1, num_chars=2, num_bytes=2)
     assert score.perplexity == score.word_perplexity == math.inf
     assert math.isfinite(score.bits_per_char)
+    row = json.loads(json.dumps(score.as_dict(), allow_nan=False))
+    assert row["perplexity"] is row["word_perplexity"] is None
+    assert row["bits_per_char"] == score.bits_per_char
 
 
 # --- One stream --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -121,6 +122,21 @@ def test_saved_and_loaded_is_the_same(kind, tmp_path):
     assert config.get("unk_token") == ("<unk>" if kind == "word" else None)
     assert config["clean_up_tokenization_spaces"] is False
     assert config["split_special_tokens"] is True
+
+
+def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
+    TOKENIZERS["bpe"].save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_text = Path.write_text
+
+    def fill_the_disk(path, text, **kwargs):
+        write_text(path, text[:5], **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(OSError, match="No space"):
+        TOKENIZERS["char"].save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_training_again_gives_the_same_json_in_another_process():

@@ -655,7 +655,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(
 ):
     recipe = tiny(*overrides, "optim.max_epochs=9")
     message = refusal(lambda: train(corpus, tmp_path, recipe, checkpoint_minutes=checkpoint_minutes))
-    assert "try a lower optim.lr" in message
+    assert "start again with a lower optim.lr" in message
     assert any(word in message for word in ("loss is nan", "loss is inf", "weight is inf", "weight is nan"))
     tensors, progress = read_checkpoint(tmp_path)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -778,6 +778,7 @@ def test_devices(monkeypatch):
     assert "no CUDA device is there" in refusal(lambda: choose_device("cuda:1"))
     assert "not supported" in refusal(lambda: choose_device("mps"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto") == torch.device("cuda")
     assert choose_device("cuda:1") == torch.device("cuda:1")
 
@@ -815,3 +816,65 @@ def test_tensorboard_gets_the_epochs_figures(tmp_path, corpus, monkeypatch):
     assert ("valid_nll", 1) in figures
     assert ("valid_nll", 2) in figures
     assert figures[-1] == "closed"
+
+
+# --- A folder is one training's ----------------------------------------------------------------------
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path, corpus):
+    run_dir = tmp_path / "run"
+    said = []
+
+    def try_another() -> bool:
+        if not said:
+            said.append(refusal(lambda: train(corpus, run_dir, tiny(), resume=True)))
+        return False
+
+    train(corpus, run_dir, tiny(), should_stop=try_another)
+    train(corpus, tmp_path / "whole", tiny())
+    assert "another training is writing to" in said[0]
+    assert_same_run(tmp_path / "whole", run_dir)
+    assert not (run_dir / ".lock").exists()
+
+
+def test_a_folder_that_nothing_was_written_to_does_not_stay(tmp_path, corpus):
+    refusal(lambda: train(corpus, tmp_path / "run", tiny(), device="gpu"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_that_goes_on_gives_up_its_scores_until_it_ends_again(tmp_path, corpus):
+    sgd = ("optim.kind=sgd", "optim.lr=8")
+    train(corpus, tmp_path, tiny(*sgd, "optim.max_epochs=1"))
+    assert open_run(tmp_path).meta["scores"]
+    longer = tiny(*sgd, "optim.max_epochs=2")
+    with pytest.raises(Interrupted):
+        train(corpus, tmp_path, longer, resume=True, should_stop=lambda: True)
+    assert not {"scores", "training", "onnx"} & open_run(tmp_path).meta.keys()
+    train(corpus, tmp_path, longer, resume=True)
+    assert {"scores", "training", "onnx"} <= open_run(tmp_path).meta.keys()
+
+
+def test_finetuning_records_the_tokenizer_that_it_takes(tmp_path, corpus):
+    train(corpus, tmp_path / "old", tiny("optim.max_epochs=1"))
+    old = open_run(tmp_path / "old")
+    train(corpus, tmp_path / "new", tiny("optim.max_epochs=1", "tokenizer.vocab_size=400"), init_from=old)
+    assert open_run(tmp_path / "new").recipe["tokenizer"] == old.recipe["tokenizer"]
+
+
+def test_a_graph_that_cannot_be_trusted_costs_no_score(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr("ulimi.export.max_difference", lambda model, engine: 1.0)
+    score = train(corpus, tmp_path, tiny("optim.max_epochs=1"))
+    assert open_run(tmp_path).meta["scores"]["valid"] == score
+    assert (tmp_path / "README.md").is_file()
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_refused(tmp_path, corpus, monkeypatch):
+    with pytest.raises(Interrupted):
+        train(corpus, tmp_path, tiny(), should_stop=lambda: True)
+    path = tmp_path / CHECKPOINT
+    with safe_open(path, framework="pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+    assert progress["device"] == "cpu"
+    save_file(load_file(path), path, {"progress": json.dumps({**progress, "device": "cuda"})})
+    assert "--device cuda" in refusal(lambda: train(corpus, tmp_path, tiny(), resume=True))

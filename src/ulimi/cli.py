@@ -6,6 +6,7 @@ Results go to standard output, everything else to standard error. A mistake of t
 import hashlib
 import json
 import math
+import re
 import signal
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import ulimi
 from ulimi.errors import UlimiError
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ PROBABILITY_COLOURS = ((0.5, "green"), (0.1, "cyan"), (0.01, "yellow"), (0.001, 
 """a word at least this probable gets this colour"""
 
 
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+
 # Typer exports only this descendant of the exception that all mistakes in options and arguments are.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -63,6 +67,11 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; what was saved before is intact")
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has no exception of its own for a CPU without memory.
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        _fail("out of memory: try a smaller data.batch_size, data.bptt, model.hidden_size or tokenizer.vocab_size")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -72,13 +81,29 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ulimi {ulimi.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train, judge and use language models for isiZulu and for languages like it."""
+
+
 @app.command()
 def train(
     corpus: Annotated[
         Path, typer.Argument(help="A folder with train.txt, valid.txt, test.txt, or one text file (split 90/5/5).")
     ],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]…", help="Settings; `ulimi recipe` lists them.")
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]…", help="Settings; `ulimi recipe default` explains them."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The run folder to make.")] = ...,  # type: ignore[assignment]
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name, or a TOML file.")] = None,
@@ -113,15 +138,17 @@ def train(
         raise UlimiError("--resume continues the run in --out, which remembers where it started: leave out --init-from")
     source = open_run(init_from) if init_from is not None else None
     overrides = settings or []
+    if source is not None and not new_tokenizer and any(text.startswith("tokenizer.") for text in overrides):
+        raise UlimiError("--init-from keeps that run's tokenizer: tokenizer settings need --new-tokenizer")
     if recipe is not None:
         chosen = load_recipe(recipe, overrides)
     elif resume and (out / "recipe.toml").is_file():
         chosen = build_recipe(open_run(out).recipe, overrides, source=f"{out}/recipe.toml")
     elif source is not None:
-        base = source.recipe
-        if base.get("optim", {}).get("kind") == "nt-asgd":
-            base["optim"]["average_at_start"] = True
-        chosen = build_recipe(base, overrides, source=f"{source.dir}/recipe.toml")
+        name = f"{source.dir}/recipe.toml"
+        chosen = build_recipe(source.recipe, overrides, source=name)
+        if chosen.optim.kind == "nt-asgd":
+            chosen = build_recipe(source.recipe, ["optim.average_at_start=true", *overrides], source=name)
     else:
         chosen = load_recipe(None, overrides)
     if threads:
@@ -146,7 +173,10 @@ def train(
                     should_stop=should_stop,
                 )  # fmt: skip
             except Interrupted:
-                progress.note(f"stopped; everything is saved. Continue with: ulimi train {corpus} --out {out} --resume")
+                same = f" --threads {threads}" * (threads > 0) + f" --device {device}" * (device != "auto")
+                same += " --tensorboard" * tensorboard
+                again = f"ulimi train {corpus} --out {out} --resume{same}"
+                progress.note(f"stopped; everything is saved. Continue with: {again}")
                 raise typer.Exit(130) from None
     from ulimi.info import score_text
 
@@ -160,14 +190,14 @@ def evaluate(
     model: ModelOption,
     stateless: Annotated[bool, typer.Option("--stateless", help="Each line by itself, not one stream.")] = False,
     cache: Annotated[bool, typer.Option("--cache", help="Mix in a neural cache.")] = False,
-    cache_theta: Annotated[float, typer.Option(help="Flatness of the cache.")] = 0.6,
-    cache_lambda: Annotated[float, typer.Option(help="Share of the cache.")] = 0.1,
-    cache_window: Annotated[int, typer.Option(help="Tokens that the cache remembers.")] = 2000,
+    cache_theta: Annotated[float | None, typer.Option(help="Flatness of the cache (2.0).")] = None,
+    cache_lambda: Annotated[float | None, typer.Option(help="Share of the cache (0.1).")] = None,
+    cache_window: Annotated[int | None, typer.Option(help="Tokens that it remembers (2000).")] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Dynamic evaluation: learn while reading.")] = False,
-    dynamic_lr: Annotated[float, typer.Option(help="Its learning rate.")] = 2e-3,
-    dynamic_decay: Annotated[float, typer.Option(help="Its pull back to the trained weights.")] = 0.02,
-    dynamic_epsilon: Annotated[float, typer.Option(help="Added to the gradients' root mean square.")] = 1e-3,
-    dynamic_window: Annotated[int, typer.Option(help="Tokens scored, then learned from, at once.")] = 20,
+    dynamic_lr: Annotated[float | None, typer.Option(help="Its learning rate (7e-5).")] = None,
+    dynamic_decay: Annotated[float | None, typer.Option(help="Its pull to the trained weights (0.01).")] = None,
+    dynamic_epsilon: Annotated[float | None, typer.Option(help="Added to the gradients' RMS (2e-5).")] = None,
+    dynamic_window: Annotated[int | None, typer.Option(help="Tokens scored, then learned from, at once (10).")] = None,
     stats_from: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Training text for --dynamic's gradient statistics.")
     ] = None,
@@ -186,6 +216,12 @@ def evaluate(
     if stateless and (cache or dynamic):
         raise UlimiError("--stateless reads each line by itself; --cache and --dynamic need one stream")
     run = open_run(model)
+    cache_settings = _settings_of("--cache", cache, theta=cache_theta, lambda_=cache_lambda, window=cache_window)
+    dynamic_settings = _settings_of(
+        "--dynamic", dynamic, lr=dynamic_lr, decay=dynamic_decay, epsilon=dynamic_epsilon, window=dynamic_window
+    )
+    if stats_from is not None and not dynamic:
+        raise UlimiError("--stats-from goes with --dynamic")
     score_file: Callable[[Path, Callable[[int], None]], Score]
     if cache or dynamic:
         _need_training_extra()
@@ -193,8 +229,8 @@ def evaluate(
 
         score_file = _adaptive_scorer(
             run, device, stats_from,
-            Cache(cache_theta, cache_lambda, cache_window) if cache else None,
-            Dynamic(dynamic_lr, dynamic_decay, dynamic_epsilon, dynamic_window) if dynamic else None,
+            Cache(**cache_settings) if cache else None,
+            Dynamic(**dynamic_settings) if dynamic else None,
         )  # fmt: skip
     else:
         score_file = _static_scorer(run, load_engine(run, device, kind=_engine_for_figures(engine)), stateless)
@@ -211,6 +247,15 @@ def evaluate(
             typer.echo(json.dumps({"file": "all", **rows[-1][1].as_dict()}))
     if not as_json:
         _print_scores(rows)
+
+
+def _settings_of(switch: str, on: bool, **given: float | None) -> dict[str, Any]:
+    """Collect those of a switch's options that were given; they mean nothing without it."""
+    known = {name: value for name, value in given.items() if value is not None}
+    if known and not on:
+        option = f"{switch}-{next(iter(known)).rstrip('_')}"
+        raise UlimiError(f"{option} goes with {switch}")
+    return known
 
 
 def _engine_for_figures(engine: str) -> str:
@@ -281,16 +326,21 @@ def score(
 
     run = open_run(model)
     scorer = load_engine(run, device, kind=_engine_for_figures(engine))
+    num_unknown = 0
     # Who types lines wants each answer at once; a file is faster in batches.
     at_once = 1 if file == "-" and sys.stdin.isatty() else 256
     if not as_json:
         typer.echo("nats\ttokens\tchars\tbits_per_char\ttext")
+    tokenizer = run.tokenizer
     for line, line_score in score_lines(scorer, run.tokenizer, read_lines(file), lines_at_once=at_once):
+        if tokenizer.unk_id is not None:
+            num_unknown += tokenizer.encode(line).count(tokenizer.unk_id)
         if as_json:
             typer.echo(json.dumps({"text": line, **line_score.as_dict()}, ensure_ascii=False))
         else:
             s = line_score
             typer.echo(f"{s.nats:.4f}\t{s.num_tokens}\t{s.num_chars}\t{s.bits_per_char:.4f}\t{line}")
+    _warn_unknown(file, num_unknown)
 
 
 @app.command()
@@ -356,16 +406,22 @@ def _generate_one(
     streaming = num == 1 and not as_json
     if streaming:
         _echo_words(prompt_words, probabilities)
+    num_tokens = [0] * num
     for step in generate_ids(
         engine, ids, sampling=sampling, max_tokens=max_tokens, num=num, seed=seed,
         should_stop=lambda row, _: writers[row].stopped,
     ):  # fmt: skip
+        num_tokens[step.row] += 1
         for word in writers[step.row].push(step.id, step.logprob):
             words[step.row].append(word)
             if streaming:
                 _echo_words([(word.text, word)], probabilities)
     for row, writer in enumerate(writers):
+        cut_off = num_tokens[row] == max_tokens and not writer.stopped and writer.unfinished
         rest = list(writer.flush())
+        if cut_off and (words[row] or len(rest) > 1):
+            # The limit fell inside a word, as far as anyone can tell: words come out whole.
+            rest.pop()
         words[row].extend(rest)
         if streaming:
             _echo_words([(word.text, word) for word in rest], probabilities)
@@ -395,6 +451,9 @@ def _generate_one(
 def _echo_words(words: "Sequence[tuple[str, Word | None]]", probabilities: bool) -> None:
     """Print words without a line end; with their probabilities, in colour on a terminal and in brackets elsewhere."""
     for text, word in words:
+        if sys.stdout.isatty():
+            # A byte-level vocabulary holds every control character, ESC too.
+            text = text.translate(CONTROL_PICTURES)
         if not probabilities or word is None or not text.strip():
             typer.echo(text, nl=False)
             continue
@@ -419,9 +478,9 @@ def export(
     from ulimi.run import open_run, write_json
 
     opened = open_run(run)
-    valid_path = valid or Path(opened.meta["data"]["valid"]["path"])
-    if not valid_path.is_file():
-        raise UlimiError(f"the validation text {valid_path} is not there: name it with --valid")
+    valid_path = valid or opened.text_path("valid")
+    if valid_path is None:
+        raise UlimiError(f"{run}: its validation text is not where it was: name it with --valid")
     result = export_onnx(opened, encode_file(valid_path, opened.tokenizer))
     write_json(run / "meta.json", {**opened.meta, "onnx": result})
     typer.echo(f"{run}/model.onnx: {describe_export(result)}")
@@ -477,7 +536,7 @@ def _print_scores(scores: "Sequence[tuple[str, Score]]") -> None:
         typer.echo("  ".join(cells))
 
 
-def _warn_unknown(path: Path, num_unknown: int) -> None:
+def _warn_unknown(path: Path | str, num_unknown: int) -> None:
     if num_unknown:
         typer.echo(
             f"ulimi: note: {path}: {num_unknown:,} words are <unk> to this model's closed vocabulary; "

@@ -9,7 +9,9 @@ larger than memory works, and a second run starts at once. Arrays are numpy's; n
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from ulimi.corpus import TextStats, count_stats, read_lines
 from ulimi.errors import UlimiError
-from ulimi.run import write_json
+from ulimi.files import atomic_path, write_json
 from ulimi.tokenizer import Tokenizer
 
 LINES_PER_BATCH = 10_000
@@ -63,30 +65,42 @@ def encode_file(path: Path, tokenizer: Tokenizer, cache_dir: Path | None = None)
         cache_dir: where the ids are kept; None means `default_cache_dir()`.
 
     Raises:
-        UlimiError: the file cannot be read as text, or is empty.
+        UlimiError: the file cannot be read as text, is empty, or is a pipe.
     """
+    if str(path) == "-":
+        raise UlimiError("-: the text is read more than once, so it cannot come from standard input; give a file")
     cache_dir = cache_dir or default_cache_dir()
     content = hashlib.sha256(f"ids-1 {tokenizer.kind} {path.suffix} {tokenizer.to_str()}".encode())
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder has an error of its own
+            raise UlimiError(f"{path}: the text is read more than once, so it cannot be a pipe or device; give a file")
         with path.open("rb") as file:
             content.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
         raise UlimiError(f"{path}: {error.strerror}") from None
     digest = content.hexdigest()[:32]
     ids_path, info_path = cache_dir / f"{digest}.ids", cache_dir / f"{digest}.json"
-    if not (ids_path.is_file() and info_path.is_file()):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        _encode(path, tokenizer, ids_path, info_path)
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+        return _map(ids_path, info_path, digest)
+    _encode(path, tokenizer, ids_path, info_path)
+    return _map(ids_path, info_path, digest)
+
+
+def _map(ids_path: Path, info_path: Path, digest: str) -> EncodedText:
     info = json.loads(info_path.read_text(encoding="utf-8"))
-    ids = np.memmap(ids_path, dtype=info["dtype"], mode="r", shape=(info["num_tokens"],))
-    return EncodedText(ids, TextStats(**info["stats"]), info["num_unknown"], digest)
+    dtype, num_tokens, num_unknown = np.dtype(info["dtype"]), info["num_tokens"], info["num_unknown"]
+    # A longer file would be mapped without a word, and be another text's.
+    if ids_path.stat().st_size != num_tokens * dtype.itemsize:
+        raise ValueError(f"{ids_path} does not hold {num_tokens} ids")
+    ids = np.memmap(ids_path, dtype=dtype, mode="r", shape=(num_tokens,))
+    return EncodedText(ids, TextStats(**info["stats"]), num_unknown, digest)
 
 
 def _encode(path: Path, tokenizer: Tokenizer, ids_path: Path, info_path: Path) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     stats, num_tokens, num_unknown = TextStats(0, 0, 0, 0), 0, 0
-    unfinished = ids_path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with atomic_path(ids_path) as unfinished:
         with unfinished.open("wb") as file:
             for lines in _batches(read_lines(path), LINES_PER_BATCH):
                 stats += count_stats(lines)
@@ -96,9 +110,6 @@ def _encode(path: Path, tokenizer: Tokenizer, ids_path: Path, info_path: Path) -
                     num_unknown += line_ids.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
         if num_tokens == 0:
             raise UlimiError(f"{path} is empty: at least one line of text is needed")
-        unfinished.replace(ids_path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     info = {"dtype": dtype.name, "num_tokens": num_tokens, "num_unknown": num_unknown, "stats": asdict(stats)}
     write_json(info_path, info)
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulimi.errors import UlimiError
-from ulimi.run import ONNX, WEIGHTS, Run, atomic_path
+from ulimi.files import atomic_path
+from ulimi.run import ONNX, WEIGHTS, Run
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,10 @@ class Engine(Protocol):
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether a row's numbers are its own, whatever rows stand beside it (but for the last bits)."""
+        """Whether `nll` may pad a row (but for the last bits); if not, score one row at a time.
+
+        The logits of `step` are a row's own in every engine, whatever rows stand beside it.
+        """
         ...
 
     def initial_state(self, batch_size: int) -> EngineState:
@@ -124,6 +128,9 @@ class TorchEngine:
 class OnnxEngine:
     """`Engine` on ONNX Runtime, on the CPU; the graph is that of `ulimi.export`.
 
+    int8 finds one scale for all activations that a call gives it. Rows therefore run one by one, so that none depends
+    on those beside it.
+
     Args:
         path: a model.onnx.
 
@@ -131,7 +138,7 @@ class OnnxEngine:
         UlimiError: the file cannot be read as one.
     """
 
-    # int8 finds one scale for the activations of all rows together.
+    # The pads behind a row's own tokens would still have their part in the scale of its window.
     batch_invariant = False
 
     def __init__(self, path: Path) -> None:
@@ -157,29 +164,32 @@ class OnnxEngine:
         return [np.zeros((1, batch_size, size), dtype=np.float32) for size in self._sizes]
 
     def step(self, ids_B: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
-        """Read one id a stream, (B,); give the logits of the next, (B, V)."""
-        logits_TBV, new_state = self._run(ids_B[None], state)
-        return logits_TBV[-1], new_state
+        """Read one id a stream, (B,); give the logits of the next, (B, V): each row's own, whatever the batch."""
+        rows = [self._run(ids_B[row : row + 1], self.select_state(state, [row])) for row in range(len(ids_B))]
+        return np.concatenate([logits_1V for logits_1V, _ in rows]), _join_states([state for _, state in rows])
 
     def prime(self, ids: Sequence[int], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
         """Read several ids of one stream at once; give the logits after the last, (1, V)."""
         if not ids:
             raise ValueError("no ids to read")
         for start in range(0, len(ids), EVALUATION_WINDOW):
-            window_T1 = np.array(ids[start : start + EVALUATION_WINDOW], dtype=np.int64)[:, None]
-            logits_TBV, state = self._run(window_T1, state)
-        return logits_TBV[-1], state
+            window_T = np.array(ids[start : start + EVALUATION_WINDOW], dtype=np.int64)
+            logits_TV, state = self._run(window_T, state)
+        return logits_TV[-1:], state
 
     def nll(
         self, inputs_BT: NDArray[np.int64], targets_BT: NDArray[np.int64], state: EngineState
     ) -> tuple[NDArray[np.float32], EngineState]:
-        """Read a window; give the nats of each target, (B, T)."""
-        logits_TBV, state = self._run(np.ascontiguousarray(inputs_BT.T), state)
-        chosen_TB = np.take_along_axis(logits_TBV, targets_BT.T[..., None], axis=-1)[..., 0]
-        top_TB = logits_TBV.max(axis=-1)
-        total_TB = np.exp(logits_TBV - top_TB[..., None]).sum(axis=-1)
-        nll_TB: NDArray[np.float32] = np.log(total_TB) + top_TB - chosen_TB
-        return nll_TB.T, state
+        """Read a window; give the nats of each target, (B, T): a row's own, but for the pads that it holds."""
+        nll_BT = np.empty(targets_BT.shape, dtype=np.float32)
+        new_states: list[EngineState] = []
+        for row, (inputs_T, targets_T) in enumerate(zip(inputs_BT, targets_BT, strict=True)):
+            logits_TV, new_state = self._run(inputs_T, self.select_state(state, [row]))
+            new_states.append(new_state)
+            top_T = logits_TV.max(axis=-1)
+            total_T = np.exp(logits_TV - top_T[:, None]).sum(axis=-1)
+            nll_BT[row] = np.log(total_T) + top_T - logits_TV[np.arange(len(targets_T)), targets_T]
+        return nll_BT, _join_states(new_states)
 
     def repeat_state(self, state: EngineState, n: int) -> EngineState:
         """Turn the state of one stream into that of `n` equal ones."""
@@ -189,11 +199,17 @@ class OnnxEngine:
         """Keep these rows of a batch, in this order."""
         return [np.ascontiguousarray(array[:, list(rows)]) for array in state]
 
-    def _run(self, ids_TB: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
-        logits_TBV, *new_state = self._session.run(
-            None, {"ids": ids_TB, **dict(zip(self._state_names, state, strict=True))}
+    def _run(self, ids_T: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
+        """Read ids of one stream, (T,); give the logits after each, (T, V)."""
+        logits_T1V, *new_state = self._session.run(
+            None, {"ids": ids_T[:, None], **dict(zip(self._state_names, state, strict=True))}
         )
-        return logits_TBV, new_state
+        return logits_T1V[:, 0], new_state
+
+
+def _join_states(states: Sequence[EngineState]) -> EngineState:
+    """Put ONNX states of one stream each together as a batch."""
+    return [np.concatenate(arrays, axis=1) for arrays in zip(*states, strict=True)]
 
 
 @contextmanager
@@ -226,6 +242,11 @@ def choose_device(name: str) -> "torch.device":
         raise UlimiError(f"--device {name}: no CUDA device is there; allowed here: auto, cpu")
     if device.type not in ("cpu", "cuda"):
         raise UlimiError(f"--device {name}: not supported; allowed: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UlimiError(
+            f"--device {name}: no such CUDA device, {torch.cuda.device_count()} in all; "
+            f"allowed here: auto, cpu, cuda, cuda:N with N below {torch.cuda.device_count()}"
+        )
     return device
 
 
@@ -268,7 +289,7 @@ def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
     """Build a run's network with its best weights, in evaluation mode.
 
     Raises:
-        UlimiError: no weights yet, or weights and configuration that do not fit each other.
+        UlimiError: no weights yet, or weights, configuration and tokenizer that do not fit each other.
     """
     from ulimi.model import AWDLSTM
 
@@ -283,6 +304,7 @@ def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
     except (RuntimeError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UlimiError(f"{run.weights_path} does not fit {run.dir}/config.json: {reason}") from None
+    _check_tokenizer(run, model.vocab_size, WEIGHTS)
     return model.to(device).eval()
 
 
@@ -296,22 +318,46 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine
             very weights, and no other device is asked for, else the second.
 
     Raises:
-        UlimiError: PyTorch is needed and not installed, there is no such device, or the run cannot be loaded.
+        UlimiError: PyTorch is needed and not installed, there is no such device, the graph that was asked for is of
+            other weights, or the run cannot be loaded.
     """
     if kind not in ENGINES:
         raise UlimiError(f"--engine {kind}: allowed: {', '.join(ENGINES)}")
+    if kind == "onnx" and device not in ("auto", "cpu"):
+        raise UlimiError(f"--device {device}: --engine onnx computes on the CPU; allowed with it: auto, cpu")
     path = run.dir / ONNX
     if kind == "onnx" and not path.is_file():
         raise UlimiError(f"--engine onnx: {run.dir} holds no {ONNX}; `ulimi export {run.dir}` writes it")
+    # A folder may hold the graph alone, without the weights that it was made of.
+    alone = not (run.dir / WEIGHTS).is_file()
+    has_torch = find_spec("torch") is not None
     if kind == "onnx" or (kind == "auto" and device in ("auto", "cpu") and path.is_file()):
-        engine = OnnxEngine(path)
-        # A folder may hold the graph alone, without the weights that it was made of.
-        alone = not (run.dir / WEIGHTS).is_file()
-        if kind == "onnx" or alone or engine.weights_sha256 == run.weights_sha256:
-            return engine
-    if find_spec("torch") is None:
+        try:
+            engine = OnnxEngine(path)
+        except UlimiError:
+            if kind == "onnx" or alone or not has_torch:
+                raise
+        else:
+            if alone or engine.weights_sha256 == run.weights_sha256:
+                _check_tokenizer(run, engine.vocab_size, ONNX)
+                return engine
+            if kind == "onnx":
+                raise UlimiError(
+                    f"--engine onnx: {path} was made of other weights than {WEIGHTS} beside it; "
+                    f"`ulimi export {run.dir}` writes it anew"
+                )
+    if not has_torch:
         raise UlimiError(
             f"{run.dir} holds no {ONNX} of its weights; `ulimi export {run.dir}` writes it, or "
             "pip install 'ulimi[train]' brings PyTorch"
         )
     return TorchEngine(load_model(run, choose_device(device)))
+
+
+def _check_tokenizer(run: Run, vocab_size: int, name: str) -> None:
+    """Refuse a tokenizer of another network: its ids would be read without a word, and mean other text."""
+    if (run.dir / "tokenizer.json").is_file() and run.tokenizer.vocab_size != vocab_size:
+        raise UlimiError(
+            f"{run.dir}: tokenizer.json has {run.tokenizer.vocab_size} tokens, the network of {name} {vocab_size}; "
+            "they do not belong together"
+        )

@@ -24,6 +24,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from ulimi.data import EncodedText
 from ulimi.engine import OnnxEngine, TorchEngine, load_model
+from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM
 from ulimi.run import ONNX, Run, atomic_path
 from ulimi.score import score_stream
@@ -38,19 +39,20 @@ OPSET = 17
 IR_VERSION = 9
 
 
-def export_onnx(run: Run, valid_text: EncodedText) -> dict[str, Any]:
+def export_onnx(run: Run, valid_text: EncodedText, *, exact_nats: float | None = None) -> dict[str, Any]:
     """Write a run's model.onnx and check it against PyTorch.
 
     Args:
         run: with weights.
         valid_text: on which the cost of int8 is measured, as one stream.
+        exact_nats: what the weights themselves cost there, if it is known.
 
     Returns:
         What goes into meta.json: `fp32_max_difference` (nats a token), `fp32_bits_per_char`, `int8_bits_per_char`,
         `int8_cost_bits_per_char`, `kind` ("int8" or "fp32"), `num_bytes`.
 
     Raises:
-        AssertionError: the graph computes something else than the network.
+        UlimiError: the graph computes something else than the network; none is written.
     """
     model = load_model(run)
     bits = 1 / math.log(2) / valid_text.stats.num_chars
@@ -59,9 +61,15 @@ def export_onnx(run: Run, valid_text: EncodedText) -> dict[str, Any]:
         fp32 = Path(scratch) / "fp32.onnx"
         onnx.save(build_graph(model, run.weights_sha256), fp32)
         difference = max_difference(model, OnnxEngine(fp32))
-        assert difference <= MAX_DIFFERENCE, f"model.onnx differs from the network by {difference}"
+        if difference > MAX_DIFFERENCE:
+            raise UlimiError(
+                f"no {ONNX}: ONNX Runtime differs from the network by {difference:.1e} nats a token, "
+                f"more than {MAX_DIFFERENCE:g}; the weights themselves are not concerned"
+            )
         quantize_dynamic(fp32, out, weight_type=QuantType.QInt8, op_types_to_quantize=["LSTM", "MatMul", "Gather"])
-        exact = score_stream(TorchEngine(model), valid_text.ids, eos_id) * bits
+        if exact_nats is None:
+            exact_nats = score_stream(TorchEngine(model), valid_text.ids, eos_id)
+        exact = exact_nats * bits
         rounded = score_stream(OnnxEngine(out), valid_text.ids, eos_id) * bits
         small_enough = rounded - exact <= MAX_INT8_COST
         if not small_enough:

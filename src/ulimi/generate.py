@@ -6,7 +6,7 @@ Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration".
 Shape letters: B rows of the batch, V vocabulary, K candidates of a row, best first.
 
 This module knows ids and logits. It must not know strings, tokenizers, or which engine computes.
-Among equal logits the lowest id comes first, everywhere: in greedy choice, in top-k and in ranks.
+Among equal logits the lowest id comes first, everywhere: in greedy choice and in top-k.
 """
 
 import itertools
@@ -48,13 +48,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Step:
-    """One token of one row, with its log-probabilities in nats."""
+    """One token of one row, with its log-probability in nats."""
 
     row: int
     id: int
     logprob: float  # under the model itself: of the unfiltered logits, at temperature 1
-    sampling_logprob: float  # under the distribution that it was drawn from; 0 when greedy
-    rank: int  # under the model; 1 = the most probable token
 
 
 def log_softmax(logits_BV: ArrayLike) -> NDArray[np.float64]:
@@ -135,8 +133,8 @@ def generate(
 def score_prompt(engine: "Engine", ids: Sequence[int]) -> list[Step]:
     """Score the given `ids[1:]`, each after all that stand before it; `ids[0]` is only context.
 
-    Nothing is sampled: every `row` is 0, and `sampling_logprob` equals `logprob`, which is -inf for a token that
-    the model rules out. One id gives an empty list.
+    Nothing is sampled: every `row` is 0. `logprob` is -inf for a token that the model rules out. One id gives an
+    empty list.
 
     Raises:
         UlimiError: `ids` is empty or holds what is not an id of this model, or the logits are not finite.
@@ -148,10 +146,7 @@ def score_prompt(engine: "Engine", ids: Sequence[int]) -> list[Step]:
     steps: list[Step] = []
     for context, target in itertools.pairwise(given):
         logits_1V, state = engine.step(np.array([context], dtype=np.int64), state)
-        checked_1V = _checked(logits_1V)
-        logprob = float(_log_softmax(checked_1V)[0, target])
-        rank = int(_ranks(checked_1V, np.array([target], dtype=np.int64))[0])
-        steps.append(Step(row=0, id=target, logprob=logprob, sampling_logprob=logprob, rank=rank))
+        steps.append(Step(row=0, id=target, logprob=float(log_softmax(logits_1V)[0, target])))
     return steps
 
 
@@ -173,17 +168,13 @@ def _generate(
     live = list(range(num))  # live[b] is the row that stands at place b of the batch
 
     for num_left in reversed(range(max_tokens)):
-        filtered_BV = _filter(logits_BV, sampling)
-        ids_B = _draw(filtered_BV, sampling, [rngs[row] for row in live])
-        places_B = np.arange(len(live))
-        logprobs_B = _log_softmax(logits_BV)[places_B, ids_B].tolist()
-        sampling_logprobs_B = _log_softmax(filtered_BV)[places_B, ids_B].tolist()
-        ranks_B = _ranks(logits_BV, ids_B).tolist()
+        ids_B = _draw(_filter(logits_BV, sampling), sampling, [rngs[row] for row in live])
+        logprobs_B = _log_softmax(logits_BV)[np.arange(len(live)), ids_B].tolist()
 
         going: list[int] = []  # places in the batch
         for place, (row, token) in enumerate(zip(live, ids_B.tolist(), strict=True)):
             texts[row].append(token)
-            yield Step(row, token, logprobs_B[place], sampling_logprobs_B[place], ranks_B[place])
+            yield Step(row, token, logprobs_B[place])
             if token not in stops and not (should_stop and should_stop(row, list(texts[row]))):
                 going.append(place)
 
@@ -292,11 +283,3 @@ def _draw(
     # The first id whose cumulative mass exceeds the draw has a mass of its own: a removed id never comes out.
     ids_B: NDArray[np.int64] = (mass_BV <= uniform_B1 * mass_BV[:, -1:]).sum(axis=-1)
     return ids_B
-
-
-def _ranks(x_BV: NDArray[np.float64], ids_B: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Give the place of each row's id among the row's logits, (B,), from 1."""
-    chosen_B1 = np.take_along_axis(x_BV, ids_B[:, None], axis=-1)
-    equal_and_lower_BV = (x_BV == chosen_B1) & (np.arange(x_BV.shape[-1]) < ids_B[:, None])
-    ranks_B: NDArray[np.int64] = 1 + ((x_BV > chosen_B1) | equal_and_lower_BV).sum(axis=-1)
-    return ranks_B

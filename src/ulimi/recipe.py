@@ -119,7 +119,7 @@ class OptimRecipe(_Section):
     """adamw: steps of linear warm-up"""
     final_lr_ratio: float = Field(0.0, ge=0, le=1)
     """adamw: lr at the end of the cosine, as a share of lr"""
-    seed: int = Field(141, ge=0)
+    seed: int = Field(141, ge=0, lt=2**63)
     """of initialisation, dropouts and window lengths [seed]"""
 
 
@@ -157,17 +157,29 @@ def load_recipe(name_or_path: str | None = None, overrides: Iterable[str] = ()) 
 
 
 def build_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), *, source: str = "recipe") -> Recipe:
-    """Complete `settings` with the defaults, apply `overrides`, and check all of it."""
+    """Complete `settings` with the defaults, apply `overrides`, and check all of it.
+
+    An override of `optim.kind` brings that optimizer's own rates with it.
+    """
     merged: Settings = {section: {} for section in Recipe.model_fields}
     for section, values in settings.items():
         _known_section(section, source)
         if not isinstance(values, Mapping):
             raise UlimiError(f"{source}: {section} is a section, [{section}], not a value")
         merged[section].update(values)
+    default_kind = OptimRecipe.model_fields["kind"].default
+    base_kind = merged["optim"].get("kind", default_kind)
+    given: Settings = {section: {} for section in Recipe.model_fields}
     for override in overrides:
         section, key, value = _parse_override(override)
-        merged[section][key] = value
-    kind = merged["optim"].get("kind", OptimRecipe.model_fields["kind"].default)
+        given[section][key] = value
+    kind = given["optim"].get("kind", base_kind)
+    if kind != base_kind:
+        # The base's rates are those of another optimizer, on another scale.
+        for key in (*OPTIM_DEFAULTS["sgd"], "average_at_start"):
+            merged["optim"].pop(key, None)
+    for section, values in given.items():
+        merged[section].update(values)
     merged["optim"] = {**OPTIM_DEFAULTS.get(str(kind), {}), **merged["optim"]}
     try:
         recipe = Recipe.model_validate(merged)

@@ -16,17 +16,27 @@ Light floor: reading a run folder needs no torch.
 
 import hashlib
 import json
-import os
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ulimi.errors import UlimiError
+from ulimi.files import atomic_path, write_json, write_text
 from ulimi.tokenizer import Tokenizer
+
+__all__ = [
+    "CHECKPOINT",
+    "FORMAT",
+    "ONNX",
+    "WEIGHTS",
+    "Run",
+    "atomic_path",
+    "open_run",
+    "write_json",
+    "write_text",
+]
 
 FORMAT = 1
 """version of the layout above; a reader refuses a newer one"""
@@ -79,10 +89,12 @@ class Run:
         with self.weights_path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    @property
-    def checkpoint_path(self) -> Path:
-        """What an exact resume starts from."""
-        return self.dir / CHECKPOINT
+    def text_path(self, part: str) -> Path | None:
+        """Find the text of a part ("train", "valid"): where the run remembers it, or in its own corpus/, or nowhere."""
+        entry = self.meta.get("data", {}).get(part, {})
+        places = [Path(entry["path"])] if "path" in entry else []
+        places.append(self.dir / "corpus" / f"{part}.txt")
+        return next((place for place in places if place.is_file()), None)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, one an epoch."""
@@ -117,29 +129,6 @@ def open_run(path: Path) -> Run:
             f"{meta.get('ulimi', '?')}: install that version or a newer one"
         )
     return Run(path, meta)
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which becomes `path` when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    with atomic_path(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

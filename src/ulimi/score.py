@@ -69,7 +69,7 @@ class Score:
         return Score(**{key: mine[key] + theirs[key] for key in mine})
 
     def as_dict(self) -> dict[str, Any]:
-        """The keys of `--json`."""
+        """The keys of `--json`; a perplexity too large for a float is None, since JSON has no infinity."""
         return {
             "nats": self.nats,
             "num_tokens": self.num_tokens,
@@ -77,8 +77,8 @@ class Score:
             "num_lines": self.num_lines,
             "num_chars": self.num_chars,
             "num_bytes": self.num_bytes,
-            "perplexity": self.perplexity,
-            "word_perplexity": self.word_perplexity,
+            "perplexity": _finite(self.perplexity),
+            "word_perplexity": _finite(self.word_perplexity),
             "bits_per_char": self.bits_per_char,
             "bits_per_byte": self.bits_per_byte,
         }
@@ -152,3 +152,7 @@ def _score_rows(engine: Engine, rows: list[list[int]], eos_id: int) -> list[floa
 
 def _exp(x: float) -> float:
     return math.inf if x > 700 else math.exp(x)
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None

@@ -26,6 +26,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ulimi.errors import UlimiError, nearest
+from ulimi.files import write_json, write_text
 
 KINDS = ("bpe", "unigram", "word", "char")
 EOS = "<eos>"
@@ -160,7 +161,7 @@ class Tokenizer:
             raise UlimiError(f"{json_path} cannot be used: {error}") from error
 
     def save(self, run_dir: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers also loads, into `run_dir`."""
+        """Write tokenizer.json and tokenizer_config.json, which transformers also loads, each whole or not at all."""
         config: dict[str, Any] = {
             "kind": self.kind,
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -172,10 +173,8 @@ class Tokenizer:
         }
         if self.unk_id is not None:
             config["unk_token"] = UNK
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "tokenizer.json").write_text(self.to_str(), encoding="utf-8", newline="\n")
-        config_text = json.dumps(config, indent=2) + "\n"
-        (run_dir / "tokenizer_config.json").write_text(config_text, encoding="utf-8", newline="\n")
+        write_text(run_dir / "tokenizer.json", self.to_str())
+        write_json(run_dir / "tokenizer_config.json", config)
 
     def encode(self, text: str) -> list[int]:
         r"""Give the ids of a text; each "\n" becomes `eos_id`, and nothing is added at the end.

@@ -11,7 +11,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +38,13 @@ from ulimi.recipe import Recipe, build_recipe, changed_keys
 from ulimi.run import CHECKPOINT, FORMAT, ONNX, WEIGHTS, Run, atomic_path, open_run, write_json, write_text
 from ulimi.score import Score, score_stream
 from ulimi.tokenizer import Tokenizer
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
 
 CHECK_EVERY = 20
 """steps between two looks at the loss: each look makes a GPU wait"""
@@ -95,6 +103,8 @@ class Progress:
     best: float = math.inf
     best_epoch: int = 0
     finished: bool = False
+    device: str = "cpu"
+    """type of the device: its random state is of no use on another"""
     metrics_bytes: int = 0
     """length of metrics.jsonl, so that rows after the checkpoint are dropped"""
     data_digest: str = ""
@@ -138,11 +148,44 @@ def train(
         UlimiError: anything wrong with the input, or a loss that is not finite.
         Interrupted: `should_stop` said so.
     """
-    trainer = Trainer(
-        corpus, run_dir, recipe, init_from=init_from, new_tokenizer=new_tokenizer, resume=resume, device=device,
-        reporter=reporter or Silent(), cache_dir=cache_dir,
-    )  # fmt: skip
-    return trainer.run(checkpoint_minutes, tensorboard, should_stop)
+    # Before anything is made there; the trainer asks again, when no other training can get in between.
+    claim_folder(run_dir, recipe, resume=resume, init_from=init_from)
+    if init_from is not None and not new_tokenizer:
+        # The recipe of a run says what its tokenizer is.
+        source = build_recipe(init_from.recipe, source=f"{init_from.dir}/recipe.toml")
+        recipe = recipe.model_copy(update={"tokenizer": source.tokenizer})
+    with locked(run_dir):
+        trainer = Trainer(
+            corpus, run_dir, recipe, init_from=init_from, new_tokenizer=new_tokenizer, resume=resume, device=device,
+            reporter=reporter or Silent(), cache_dir=cache_dir,
+        )  # fmt: skip
+        return trainer.run(checkpoint_minutes, tensorboard, should_stop)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep a second training out of a run folder until the block ends.
+
+    Raises:
+        UlimiError: another training is writing to it.
+    """
+    is_new = not run_dir.exists()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / LOCK
+    with path.open("w") as file:
+        try:
+            # flock is let go by the system when a process dies, however it dies; Windows has none, and no lock here.
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UlimiError(f"another training is writing to {run_dir}; wait for it, or give another --out") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):  # it is not empty: there is a run now
+                    run_dir.rmdir()
 
 
 class Trainer:
@@ -192,11 +235,16 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, recipe.optim)
         self.average = RunningAverage(self.model) if recipe.optim.average_at_start else None
         self.state: State = self.model.initial_state(recipe.data.batch_size)
-        self.progress = Progress(data_digest=self._data_digest())
+        self.progress = Progress(data_digest=self._data_digest(), device=self.device.type)
         self.meta = old.meta if old is not None else self._new_meta(corpus, init_from)
         if old is not None:
             self._load_checkpoint()
             write_text(run_dir / "recipe.toml", recipe.to_toml())
+            if not self._finished():
+                # A finished run that goes on is no longer what its scores say.
+                for key in ("training", "scores", "onnx"):
+                    self.meta.pop(key, None)
+                write_json(run_dir / "meta.json", self.meta)
         else:
             self._write_static_files()
             self.save_checkpoint()
@@ -346,8 +394,6 @@ class Trainer:
         nats = score_stream(engine, self.valid_text.ids, self.tokenizer.eos_id)
         score = Score.of(nats, len(self.valid_text.ids), self.valid_text.stats)
         self.meta["scores"] = {"valid": score.as_dict()}
-        self.meta["onnx"] = export_onnx(run, self.valid_text)
-        self.reporter.note(f"{run.dir}/{ONNX}: {describe_export(self.meta['onnx'])}")
         self.meta["training"] = {
             "epochs": self.progress.epoch,
             "best_epoch": self.progress.best_epoch,
@@ -355,6 +401,12 @@ class Trainer:
             "tokens": self.progress.tokens,
         }
         write_json(self.run_dir / "meta.json", self.meta)
+        try:
+            self.meta["onnx"] = export_onnx(run, self.valid_text, exact_nats=nats)
+            self.reporter.note(f"{run.dir}/{ONNX}: {describe_export(self.meta['onnx'])}")
+            write_json(self.run_dir / "meta.json", self.meta)
+        except UlimiError as error:
+            self.reporter.note(str(error))
         write_text(self.run_dir / "README.md", model_card(open_run(self.run_dir)))
         return score.as_dict()
 
@@ -362,8 +414,8 @@ class Trainer:
         if not math.isfinite(value):
             raise UlimiError(
                 f"the {what} is {value} in epoch {self.progress.epoch + 1}, step {self.progress.step}, at "
-                f"lr {lr:g} with optim.kind = {self.recipe.optim.kind!r}: try a lower optim.lr; the last good "
-                f"checkpoint in {self.run_dir} is as it was"
+                f"lr {lr:g} with optim.kind = {self.recipe.optim.kind!r}: start again with a lower optim.lr and "
+                f"another --out; the last good checkpoint in {self.run_dir} is as it was"
             )
 
     def _check_weights(self, lr: float) -> None:
@@ -400,12 +452,13 @@ class Trainer:
         shutil.rmtree(self.run_dir / "last", ignore_errors=True)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "metrics.jsonl").unlink(missing_ok=True)
+        # First, since a folder without it is taken for somebody else's.
+        write_json(self.run_dir / "meta.json", self.meta)
         self.tokenizer.save(self.run_dir)
         write_text(self.run_dir / "recipe.toml", self.recipe.to_toml())
         eos = self.tokenizer.eos_id
         config = {"model_type": "awd_lstm", "bos_token_id": eos, "eos_token_id": eos, "awd_lstm": self.config}
         write_json(self.run_dir / "config.json", config)
-        write_json(self.run_dir / "meta.json", self.meta)
 
     def _append_metrics(self, row: dict[str, Any]) -> None:
         path = self.run_dir / "metrics.jsonl"
@@ -443,6 +496,11 @@ class Trainer:
         if progress["data_digest"] != self.progress.data_digest:
             raise UlimiError(
                 f"the corpus is not the one that the run in {self.run_dir} was trained on; resume needs the same text"
+            )
+        if progress.get("device", self.device.type) != self.device.type:
+            raise UlimiError(
+                f"the run in {self.run_dir} was trained on {progress['device']} and can be resumed there alone: "
+                f"--device {progress['device']}"
             )
         num_iterates, window_rng = progress.pop("num_iterates"), progress.pop("window_rng")
         self.progress = Progress(**progress)
@@ -493,7 +551,7 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
     if has_run:
         raise UlimiError(f"{run_dir} already holds a run: continue it with --resume, or give another --out")
     if run_dir.is_dir():
-        ours = {"corpus"}
+        ours = {"corpus", LOCK}
         if (run_dir / "meta.json").is_file():  # of a run that was killed before its first checkpoint
             ours |= {"meta.json", "config.json", "recipe.toml", "tokenizer.json", "tokenizer_config.json", "last"}
         if foreign := sorted(p.name for p in run_dir.iterdir() if p.name not in ours):
@@ -586,15 +644,20 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, if it is one."""
-    here = Path(__file__).resolve().parent
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=5, check=True
+    """The commit of this source tree, if it is one, and not a copy inside somebody else's."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=here.parent, capture_output=True, text=True, timeout=5, check=True
         )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty")
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip()
 
 
 def _open_tensorboard(log_dir: Path) -> Any:

@@ -7,7 +7,6 @@ of it: the next token tells that.
 Light floor: this module knows tokens and text, not the network.
 """
 
-import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,8 +40,8 @@ class WordWriter:
         self._tokenizer = tokenizer
         self._stops = stops
         self._held_chars = max((len(stop) for stop in stops), default=1) - 1
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._separated = not after or after[-1].isspace()
+        self._stream = tokenizer.stream(words=False)
+        self._joins_word = not tokenizer.is_lossless and bool(after) and not after[-1].isspace()
         self._words: list[Word] = []
         self._open = Word("", 0.0, 0)
         self.stopped = False
@@ -61,10 +60,15 @@ class WordWriter:
         while not self.stopped and self._words and self._certain():
             yield self._words.pop(0)
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether the last word could still go on."""
+        return self._open.num_tokens > 0
+
     def flush(self) -> Iterator[Word]:
         """Yield what is left when no more tokens come."""
         if not self.stopped:
-            rest = self._decoder.decode(b"", final=True)
+            rest = self._stream.flush()
             self._open = Word(self._open.text + rest, self._open.logprob, self._open.num_tokens)
             self._look_for_stop()
         self._close()
@@ -72,11 +76,11 @@ class WordWriter:
         yield from words
 
     def _decode(self, token: int) -> str:
-        raw = self._tokenizer.token_bytes(token)
-        if self._tokenizer.kind == "word" and token != self._tokenizer.eos_id:
-            raw = raw if self._separated else b" " + raw
-        self._separated = token == self._tokenizer.eos_id
-        return self._decoder.decode(raw)
+        text = self._stream.push(token)
+        if self._joins_word and token != self._tokenizer.eos_id:
+            text = " " + text
+        self._joins_word = False
+        return text
 
     def _close(self) -> None:
         if self._open.text or self._open.num_tokens:
