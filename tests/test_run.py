@@ -18,6 +18,7 @@ from ulimi.info import BARS, curve, model_card, score_text, summary
 from ulimi.plot import plot_curve
 from ulimi.progress import TrainingProgress, counting
 from ulimi.run import FORMAT, WEIGHTS, atomic_path, open_run, write_json, write_text
+from ulimi.score import Score
 from ulimi.train import Progress
 
 LAYERS = [
@@ -172,9 +173,8 @@ def test_an_atomic_write_works_where_a_folder_cannot_be_synced(tmp_path, monkeyp
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("ulimi.files.os.open", refuse)
-    with atomic_path(tmp_path / "x") as unfinished:
-        unfinished.touch()
-    assert (tmp_path / "x").exists()
+    write_text(tmp_path / "x", "whole")
+    assert (tmp_path / "x").read_text() == "whole"
 
 
 def test_an_atomic_write_that_does_not_reach_the_disk_leaves_the_old_file(tmp_path, monkeypatch):
@@ -406,3 +406,9 @@ def test_where_nothing_heavy_is_installed_commands_say_what_to_install(tiny_run,
     result = python(f"{WITHOUT_HEAVY}\nfrom ulimi.cli import main\nmain()", *args)
     assert result.returncode == 2
     assert result.stderr == "ulimi: error: this command needs torch: pip install 'ulimi[train]'\n"
+
+
+def test_a_score_without_bounds_is_still_said():
+    score = Score(1e9, 10, 1, 1, 10, 10).as_dict()
+    assert score["perplexity"] is None
+    assert "perplexity per token beyond all bounds" in score_text(score)

@@ -54,9 +54,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def score_text(score: dict[str, Any]) -> str:
     """Say a score in one line, with what each number is per."""
+    word, token = (
+        "beyond all bounds" if score[key] is None else f"{score[key]:.{digits}f}"
+        for key, digits in (("word_perplexity", 1), ("perplexity", 2))
+    )
     return (
         f"{score['bits_per_char']:.4f} bits per character, {score['bits_per_byte']:.4f} bits per byte, "
-        f"word perplexity {score['word_perplexity']:.1f}, perplexity per token {score['perplexity']:.2f}"
+        f"word perplexity {word}, perplexity per token {token}"
     )
 
 

@@ -1,0 +1,66 @@
+"""What the documents say is true of the code, as far as a program can tell."""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ulimi import __version__, cli
+from ulimi.recipe import load_recipe, recipe_names
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+COMMANDS = re.findall(r"^(?:\$ )?ulimi ([^#|\n]+)", "\n".join(re.findall(r"```\n(.*?)```", README, re.S)), re.M)
+
+
+def help_of(command: str, monkeypatch, capsys) -> str:
+    monkeypatch.setattr(sys, "argv", ["ulimi", command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_readmes_commands_and_options_exist(line, monkeypatch, capsys):
+    command, *words = line.split()
+    text = help_of(command, monkeypatch, capsys)
+    for option in (word for word in words if re.match(r"--?[a-z]", word)):
+        assert re.search(rf"(^|[\s,]){re.escape(option)}\b", text), f"ulimi {command} has no {option}"
+    settings = [word for word in words if re.fullmatch(r"[a-z]+\.[a-z_]+=\S+", word)]
+    recipe = words[words.index("--recipe") + 1] if "--recipe" in words else None
+    load_recipe(recipe, settings)
+
+
+def test_there_are_commands_to_look_at():
+    assert {line.split()[0] for line in COMMANDS} == {
+        "train", "evaluate", "score", "generate", "export", "info", "recipe",
+    }  # fmt: skip
+
+
+def test_the_readme_names_every_recipe():
+    assert all(f"`{name}`" in README for name in recipe_names())
+
+
+def test_architecture_names_every_module():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for path in (ROOT / "src" / "ulimi").glob("*.py"):
+        if not path.name.startswith("__"):
+            assert f"  {path.name}" in text, f"ARCHITECTURE.md does not name {path.name}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_gap_is_left_and_every_link_leads_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    assert "@@" not in text
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_the_versions_agree():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
