@@ -340,7 +340,7 @@ def score(
         else:
             s = line_score
             typer.echo(f"{s.nats:.4f}\t{s.num_tokens}\t{s.num_chars}\t{s.bits_per_char:.4f}\t{line}")
-    _warn_unknown(file, num_unknown)
+    _warn_unknown("standard input" if file == "-" else file, num_unknown)
 
 
 @app.command()
