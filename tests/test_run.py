@@ -14,10 +14,11 @@ from matplotlib import pyplot as plt
 
 import ulimi
 from ulimi.errors import UlimiError
+from ulimi.files import atomic_path, write_json, write_text
 from ulimi.info import BARS, curve, model_card, score_text, summary
 from ulimi.plot import plot_curve
 from ulimi.progress import TrainingProgress, counting
-from ulimi.run import FORMAT, WEIGHTS, atomic_path, open_run, write_json, write_text
+from ulimi.run import FORMAT, WEIGHTS, open_run
 from ulimi.score import Score
 from ulimi.train import Progress
 

@@ -234,8 +234,7 @@ def gradient_stats(
     device = model.lm_head.bias.device
     streams_BS = make_streams(ids, min(batch_size, max(1, len(ids) // (bptt + 1))))
     bptt = min(bptt, streams_BS.shape[1] - 1)
-    starts = list(range(0, streams_BS.shape[1] - bptt, bptt))
-    chosen = starts[:max_batches]
+    chosen = range(0, streams_BS.shape[1] - bptt, bptt)[:max_batches]
     squares = [torch.zeros_like(p) for p in model.parameters()]
     state: State | None = None
     with without_dropout(model):

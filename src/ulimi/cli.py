@@ -22,14 +22,17 @@ import ulimi
 from ulimi.errors import UlimiError
 
 if TYPE_CHECKING:
+    from ulimi.data import EncodedText
     from ulimi.engine import Engine
     from ulimi.run import Run
     from ulimi.score import Score
     from ulimi.words import Word
 
+    Scorer = Callable[[Path, EncodedText, Callable[[int], None]], float]
+    """a text file and its ids -> nats; told how many tokens are done"""
+
 app = typer.Typer(
     name="ulimi",
-    help="Train, judge and use language models for isiZulu and for languages like it.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -206,6 +209,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score text files: perplexity, bits per character, bits per byte; a row a file and one for all."""
+    from ulimi.data import encode_file
     from ulimi.engine import load_engine
     from ulimi.progress import counting
     from ulimi.run import open_run
@@ -222,22 +226,25 @@ def evaluate(
     )
     if stats_from is not None and not dynamic:
         raise UlimiError("--stats-from goes with --dynamic")
-    score_file: Callable[[Path, Callable[[int], None]], Score]
+    scorer: Scorer
     if cache or dynamic:
         _need_training_extra()
         from ulimi.adapt import Cache, Dynamic
 
-        score_file = _adaptive_scorer(
+        scorer = _adaptive_scorer(
             run, device, stats_from,
             Cache(**cache_settings) if cache else None,
             Dynamic(**dynamic_settings) if dynamic else None,
         )  # fmt: skip
     else:
-        score_file = _static_scorer(run, load_engine(run, device, kind=_engine_for_figures(engine)), stateless)
+        scorer = _static_scorer(run, load_engine(run, device, kind=_engine_for_figures(engine)), stateless)
     rows: list[tuple[str, Score]] = []
     for path in files:
         with counting(f"reading {path}") as on_tokens:
-            rows.append((str(path), score_file(path, on_tokens)))
+            text = encode_file(path, run.tokenizer)
+            _warn_unknown(path, text.num_unknown)
+            nats = scorer(path, text, on_tokens)
+        rows.append((str(path), Score.of(nats, len(text.ids), text.stats)))
         if as_json:
             typer.echo(json.dumps({"file": str(path), **rows[-1][1].as_dict()}))
     if len(files) > 1:
@@ -263,35 +270,28 @@ def _engine_for_figures(engine: str) -> str:
     return "torch" if engine == "auto" and find_spec("torch") is not None else engine
 
 
-def _static_scorer(run: "Run", engine: "Engine", stateless: bool) -> "Callable[[Path, Callable[[int], None]], Score]":
+def _static_scorer(run: "Run", engine: "Engine", stateless: bool) -> "Scorer":
     from ulimi.corpus import read_lines
-    from ulimi.data import encode_file
-    from ulimi.score import Score, score_lines, score_stream
+    from ulimi.score import score_lines, score_stream
 
-    def score_file(path: Path, on_tokens: Callable[[int], None]) -> Score:
-        text = encode_file(path, run.tokenizer)
-        _warn_unknown(path, text.num_unknown)
-        if not stateless:
-            nats = score_stream(engine, text.ids, run.tokenizer.eos_id, on_tokens)
-            return Score.of(nats, len(text.ids), text.stats)
+    def one_stream(path: Path, text: "EncodedText", on_tokens: Callable[[int], None]) -> float:
+        return score_stream(engine, text.ids, run.tokenizer.eos_id, on_tokens)
+
+    def lines_alone(path: Path, text: "EncodedText", on_tokens: Callable[[int], None]) -> float:
         nats, done = 0.0, 0
         for _, score in score_lines(engine, run.tokenizer, read_lines(path)):
             nats += score.nats
             done += score.num_tokens
             on_tokens(done)
-        return Score.of(nats, len(text.ids), text.stats)
+        return nats
 
-    return score_file
+    return lines_alone if stateless else one_stream
 
 
-def _adaptive_scorer(
-    run: "Run", device: str, stats_from: Path | None, cache: Any, dynamic: Any
-) -> "Callable[[Path, Callable[[int], None]], Score]":
+def _adaptive_scorer(run: "Run", device: str, stats_from: Path | None, cache: Any, dynamic: Any) -> "Scorer":
     from ulimi.adapt import run_stats, score_adaptive
-    from ulimi.data import encode_file
     from ulimi.engine import choose_device, load_model
     from ulimi.progress import counting
-    from ulimi.score import Score
 
     model = load_model(run, choose_device(device))
     stats = None
@@ -299,15 +299,12 @@ def _adaptive_scorer(
         with counting("gradient statistics of the training text, batch") as on_batches:
             stats = run_stats(run, model, stats_from, on_batches)
 
-    def score_file(path: Path, on_tokens: Callable[[int], None]) -> Score:
-        text = encode_file(path, run.tokenizer)
-        _warn_unknown(path, text.num_unknown)
-        nats = score_adaptive(
+    def adapting(path: Path, text: "EncodedText", on_tokens: Callable[[int], None]) -> float:
+        return score_adaptive(
             model, text.ids, run.tokenizer.eos_id, cache=cache, dynamic=dynamic, stats=stats, on_tokens=on_tokens
         )
-        return Score.of(nats, len(text.ids), text.stats)
 
-    return score_file
+    return adapting
 
 
 @app.command()
@@ -332,7 +329,7 @@ def score(
     if not as_json:
         typer.echo("nats\ttokens\tchars\tbits_per_char\ttext")
     tokenizer = run.tokenizer
-    for line, line_score in score_lines(scorer, run.tokenizer, read_lines(file), lines_at_once=at_once):
+    for line, line_score in score_lines(scorer, tokenizer, read_lines(file), lines_at_once=at_once):
         if tokenizer.unk_id is not None:
             num_unknown += tokenizer.encode(line).count(tokenizer.unk_id)
         if as_json:
@@ -475,7 +472,8 @@ def export(
     _need_training_extra()
     from ulimi.data import encode_file
     from ulimi.export import describe_export, export_onnx
-    from ulimi.run import open_run, write_json
+    from ulimi.files import write_json
+    from ulimi.run import open_run
 
     opened = open_run(run)
     valid_path = valid or opened.text_path("valid")

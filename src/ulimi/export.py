@@ -25,8 +25,9 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from ulimi.data import EncodedText
 from ulimi.engine import OnnxEngine, TorchEngine, load_model
 from ulimi.errors import UlimiError
+from ulimi.files import atomic_path
 from ulimi.model import AWDLSTM
-from ulimi.run import ONNX, Run, atomic_path
+from ulimi.run import ONNX, Run
 from ulimi.score import score_stream
 
 MAX_DIFFERENCE = 1e-4

@@ -23,20 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ulimi.errors import UlimiError
-from ulimi.files import atomic_path, write_json, write_text
 from ulimi.tokenizer import Tokenizer
-
-__all__ = [
-    "CHECKPOINT",
-    "FORMAT",
-    "ONNX",
-    "WEIGHTS",
-    "Run",
-    "atomic_path",
-    "open_run",
-    "write_json",
-    "write_text",
-]
 
 FORMAT = 1
 """version of the layout above; a reader refuses a newer one"""

@@ -30,12 +30,13 @@ from ulimi.data import IGNORED, EncodedText, Ids, Windows, encode_file, make_str
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.export import describe_export, export_onnx
+from ulimi.files import atomic_path, write_json, write_text
 from ulimi.info import model_card
 from ulimi.model import AWDLSTM, State, detach_state
 from ulimi.optim import RunningAverage, learning_rate, make_optimizer, non_monotonic
 from ulimi.plot import plot_curve
 from ulimi.recipe import Recipe, build_recipe, changed_keys
-from ulimi.run import CHECKPOINT, FORMAT, ONNX, WEIGHTS, Run, atomic_path, open_run, write_json, write_text
+from ulimi.run import CHECKPOINT, FORMAT, ONNX, WEIGHTS, Run, open_run
 from ulimi.score import Score, score_stream
 from ulimi.tokenizer import Tokenizer
 
