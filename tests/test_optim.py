@@ -438,7 +438,7 @@ def test_the_loop_takes_the_references_steps(corpus, tmp_path, tied, kind):
             for name in theta:
                 close(iterates[step][name], theta[name], 1e-9)
         # The reported loss is per predicted token and has neither AR nor TAR in it.
-        close(metrics[epoch]["train_nll"], nats / tokens_per_epoch, 1e-9)
+        close(metrics[epoch]["train_loss"], nats / tokens_per_epoch, 1e-9)
     assert len(iterates) == step + 1
     assert num_clipped > 0, "the clip must have been at work"
 
@@ -451,7 +451,7 @@ def test_reported_losses_do_not_contain_ar_and_tar(corpus, tmp_path):
     for alpha, beta in ((0.0, 0.0), (1000.0, 1000.0)):
         recipe = run_recipe(optim=optim, loss={"ar_alpha": alpha, "tar_beta": beta}, dropout=0.3)
         (row,) = train(corpus, tmp_path / f"run{alpha}", recipe)[3]
-        rows.append({key: row[key] for key in ("train_nll", "valid_nll", "valid_perplexity", "valid_bits_per_char")})
+        rows.append({key: row[key] for key in ("train_loss", "valid_nll", "valid_perplexity", "valid_bits_per_char")})
     assert rows[0] == rows[1]
 
 

@@ -27,7 +27,7 @@ LAYERS = [
     {"files"},
     {"tokenizer", "corpus"},
     {"run"},
-    {"data"},
+    {"data", "distribution"},
     {"engine"},
     {"generate", "words", "score", "info", "progress"},
     {"recipe", "model", "plot"},
@@ -266,7 +266,7 @@ def test_the_curve_is_drawn_as_a_png(tmp_path, tiny_run):
 # What is said while it runs
 
 
-ROW = {"epoch": 3, "seconds": 90.0, "lr": 0.001, "train_nll": 4.25, "valid_nll": 4.5, "valid_perplexity": 90.0,
+ROW = {"epoch": 3, "seconds": 90.0, "lr": 0.001, "train_loss": 4.25, "valid_nll": 4.5, "valid_perplexity": 90.0,
        "valid_bits_per_char": 1.75, "averaging": True, "best": True}  # fmt: skip
 
 

@@ -406,7 +406,7 @@ def test_the_training_loss_is_the_cross_entropy_alone(tmp_path, corpus):
     with torch.no_grad():
         logits = trainer.model(streams[:, :-1]).logits
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), streams[:, 1:].flatten())
-    assert row["train_nll"] == pytest.approx(nll.item(), rel=1e-5)
+    assert row["train_loss"] == pytest.approx(nll.item(), rel=1e-5)
     assert row["tokens"] == streams[:, 1:].numel()
 
 
@@ -659,7 +659,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(
     assert any(word in message for word in ("loss is nan", "loss is inf", "weight is inf", "weight is nan"))
     tensors, progress = read_checkpoint(tmp_path)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-    assert math.isfinite(progress["epoch_nats"])
+    assert math.isfinite(progress["epoch_loss"])
     assert (progress["step"] > 0) == (checkpoint_minutes == 0.0)
     assert not (tmp_path / WEIGHTS).exists()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ulimi.distribution import log_probs, smoothed_nats
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_path
 from ulimi.run import ONNX, WEIGHTS, Run
@@ -41,6 +42,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def alpha(self) -> float:
+        """What turns its logits into probabilities, see `ulimi.distribution.log_probs`: 1 is softmax."""
+        ...
+
+    @property
     def batch_invariant(self) -> bool:
         """Whether `nll` may pad a row (but for the last bits); if not, score one row at a time.
 
@@ -60,7 +66,10 @@ class Engine(Protocol):
     def nll(
         self, inputs_BT: NDArray[np.int64], targets_BT: NDArray[np.int64], state: EngineState
     ) -> tuple[NDArray[np.float32], EngineState]:
-        """Read a window; give the nats of each target, (B, T)."""
+        """Read a window; give the nats of each target, (B, T); those of a sparse model are smoothed by `EPSILON`."""
+
+    def logits(self, inputs_BT: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
+        """Read a window; give the logits after each id, (B, T, V)."""
 
     def repeat_state(self, state: EngineState, n: int) -> EngineState:
         """Turn the state of one stream into that of `n` equal ones."""
@@ -70,11 +79,17 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """`Engine` on PyTorch."""
+    """`Engine` on PyTorch.
+
+    Args:
+        model: the network.
+        alpha: of its output, see `Run.alpha`.
+    """
 
     batch_invariant = True
 
-    def __init__(self, model: "AWDLSTM") -> None:
+    def __init__(self, model: "AWDLSTM", alpha: float = 1.0) -> None:
+        self.alpha = alpha
         self._model = model.eval()
         self._device = model.lm_head.bias.device
         self.vocab_size = model.vocab_size
@@ -110,11 +125,22 @@ class TorchEngine:
         """Read a window; give the nats of each target, (B, T)."""
         import torch
 
+        if self.alpha != 1:
+            logits_BTV, state = self.logits(inputs_BT, state)
+            return _sparse_nats(logits_BTV, targets_BT, self.alpha), state
         with torch.inference_mode():
             out = self._model(torch.tensor(inputs_BT, device=self._device), state)
             targets = torch.tensor(targets_BT, device=self._device).flatten()
             nll = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets, reduction="none")
         return nll.view(targets_BT.shape).float().cpu().numpy(), out.state
+
+    def logits(self, inputs_BT: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
+        """Read a window; give the logits after each id, (B, T, V)."""
+        import torch
+
+        with torch.inference_mode():
+            out = self._model(torch.tensor(inputs_BT, device=self._device), state)
+        return out.logits.float().cpu().numpy(), out.state
 
     def repeat_state(self, state: EngineState, n: int) -> EngineState:
         """Turn the state of one stream into that of `n` equal ones."""
@@ -133,6 +159,7 @@ class OnnxEngine:
 
     Args:
         path: a model.onnx.
+        alpha: of its output, see `Run.alpha`.
 
     Raises:
         UlimiError: the file cannot be read as one.
@@ -141,9 +168,10 @@ class OnnxEngine:
     # The pads behind a row's own tokens would still have their part in the scale of its window.
     batch_invariant = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, alpha: float = 1.0) -> None:
         import onnxruntime
 
+        self.alpha = alpha
         options = onnxruntime.SessionOptions()
         # Threads that spin between two steps take the core from the next one.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -181,15 +209,26 @@ class OnnxEngine:
         self, inputs_BT: NDArray[np.int64], targets_BT: NDArray[np.int64], state: EngineState
     ) -> tuple[NDArray[np.float32], EngineState]:
         """Read a window; give the nats of each target, (B, T): a row's own, but for the pads that it holds."""
+        # One row's logits at a time: all of them together may be large.
         nll_BT = np.empty(targets_BT.shape, dtype=np.float32)
         new_states: list[EngineState] = []
-        for row, (inputs_T, targets_T) in enumerate(zip(inputs_BT, targets_BT, strict=True)):
-            logits_TV, new_state = self._run(inputs_T, self.select_state(state, [row]))
+        for row in range(len(inputs_BT)):
+            logits_1TV, new_state = self.logits(inputs_BT[row : row + 1], self.select_state(state, [row]))
             new_states.append(new_state)
+            targets_1T = targets_BT[row : row + 1]
+            if self.alpha != 1:
+                nll_BT[row] = _sparse_nats(logits_1TV, targets_1T, self.alpha)[0]
+                continue
+            logits_TV = logits_1TV[0]
             top_T = logits_TV.max(axis=-1)
             total_T = np.exp(logits_TV - top_T[:, None]).sum(axis=-1)
-            nll_BT[row] = np.log(total_T) + top_T - logits_TV[np.arange(len(targets_T)), targets_T]
+            nll_BT[row] = np.log(total_T) + top_T - logits_TV[np.arange(len(top_T)), targets_1T[0]]
         return nll_BT, _join_states(new_states)
+
+    def logits(self, inputs_BT: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
+        """Read a window; give the logits after each id, (B, T, V): a row's own, but for the pads that it holds."""
+        rows = [self._run(inputs_T, self.select_state(state, [row])) for row, inputs_T in enumerate(inputs_BT)]
+        return np.stack([logits_TV for logits_TV, _ in rows]), _join_states([new_state for _, new_state in rows])
 
     def repeat_state(self, state: EngineState, n: int) -> EngineState:
         """Turn the state of one stream into that of `n` equal ones."""
@@ -205,6 +244,14 @@ class OnnxEngine:
             None, {"ids": ids_T[:, None], **dict(zip(self._state_names, state, strict=True))}
         )
         return logits_T1V[:, 0], new_state
+
+
+def _sparse_nats(logits_BTV: NDArray[np.float32], targets_BT: NDArray[np.int64], alpha: float) -> NDArray[np.float32]:
+    """Smoothed nats of each target under a sparse model, (B, T)."""
+    vocab_size = logits_BTV.shape[-1]
+    log_probs_NV = log_probs(logits_BTV.reshape(-1, vocab_size), alpha)
+    log_probs_N = log_probs_NV[np.arange(len(log_probs_NV)), targets_BT.ravel()]
+    return smoothed_nats(np.exp(log_probs_N), vocab_size).astype(np.float32).reshape(targets_BT.shape)
 
 
 def _join_states(states: Sequence[EngineState]) -> EngineState:
@@ -333,7 +380,7 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine
     has_torch = find_spec("torch") is not None
     if kind == "onnx" or (kind == "auto" and device in ("auto", "cpu") and path.is_file()):
         try:
-            engine = OnnxEngine(path)
+            engine = OnnxEngine(path, run.alpha)
         except UlimiError:
             if kind == "onnx" or alone or not has_torch:
                 raise
@@ -351,7 +398,7 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine
             f"{run.dir} holds no {ONNX} of its weights; `ulimi export {run.dir}` writes it, or "
             "pip install 'ulimi[train]' brings PyTorch"
         )
-    return TorchEngine(load_model(run, choose_device(device)))
+    return TorchEngine(load_model(run, choose_device(device)), run.alpha)
 
 
 def _check_tokenizer(run: Run, vocab_size: int, name: str) -> None:

@@ -69,9 +69,9 @@ def export_onnx(run: Run, valid_text: EncodedText, *, exact_nats: float | None =
             )
         quantize_dynamic(fp32, out, weight_type=QuantType.QInt8, op_types_to_quantize=["LSTM", "MatMul", "Gather"])
         if exact_nats is None:
-            exact_nats = score_stream(TorchEngine(model), valid_text.ids, eos_id)
+            exact_nats = score_stream(TorchEngine(model, run.alpha), valid_text.ids, eos_id)
         exact = exact_nats * bits
-        rounded = score_stream(OnnxEngine(out), valid_text.ids, eos_id) * bits
+        rounded = score_stream(OnnxEngine(out, run.alpha), valid_text.ids, eos_id) * bits
         small_enough = rounded - exact <= MAX_INT8_COST
         if not small_enough:
             shutil.copyfile(fp32, out)

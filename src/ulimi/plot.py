@@ -20,7 +20,7 @@ def plot_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     minutes = [row["seconds"] / 60 for row in rows]
     axis.plot(minutes, [row["valid_nll"] for row in rows], marker=".", label="validation")
-    axis.plot(minutes, [row["train_nll"] for row in rows], marker=".", label="training (with dropout)")
+    axis.plot(minutes, [row["train_loss"] for row in rows], marker=".", label="training loss (with dropout)")
     averaging = [m for m, row in zip(minutes, rows, strict=True) if row["averaging"]]
     if averaging:
         axis.axvline(averaging[0], linestyle=":", color="grey", label="first averaged epoch")

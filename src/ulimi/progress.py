@@ -48,7 +48,7 @@ class TrainingProgress:
         """Print a line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
-    def step(self, progress: "RunProgress", total_tokens: int, nll: float, lr: float) -> None:
+    def step(self, progress: "RunProgress", total_tokens: int, loss: float, lr: float) -> None:
         """Move the bar; the time left is that of the epoch, and of all epochs, should none end the run early."""
         now = time.perf_counter()
         speed = left = ""
@@ -60,16 +60,16 @@ class TrainingProgress:
             left = f"left {epoch_left}, in all {run_left}"
         self._last = (now, progress.tokens)
         epoch = f"{progress.epoch + 1}/{self._max_epochs}"
-        loss, step_lr = f"{nll:.3f}", f"{lr:.3g}"
+        loss_text, step_lr = f"{loss:.3f}", f"{lr:.3g}"
         if self._console.is_terminal:
             self._bar.update(
-                self._task, total=total_tokens, completed=progress.epoch_tokens, epoch=epoch, speed=speed, loss=loss,
-                lr=step_lr, visible=True,
+                self._task, total=total_tokens, completed=progress.epoch_tokens, epoch=epoch, speed=speed,
+                loss=loss_text, lr=step_lr, visible=True,
             )  # fmt: skip
         elif now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
             share = progress.epoch_tokens / total_tokens
-            self.note(f"epoch {epoch} {share:4.0%}  {speed}  loss {loss}  lr {step_lr}  {left}")
+            self.note(f"epoch {epoch} {share:4.0%}  {speed}  loss {loss_text}  lr {step_lr}  {left}")
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Print an epoch's figures."""
@@ -78,7 +78,7 @@ class TrainingProgress:
         marks = ("  averaged" if row["averaging"] else "") + ("  best" if row["best"] else "")
         self.note(
             f"epoch {row['epoch']:>3}  {row['seconds'] / 60:6.1f} min  lr {row['lr']:.3g}  "
-            f"train {row['train_nll']:.3f}  "
+            f"train {row['train_loss']:.3f}  "
             f"valid {row['valid_nll']:.3f} nats/token, ppl {row['valid_perplexity']:.1f}, "
             f"{row['valid_bits_per_char']:.4f} bits/char{marks}"
         )

@@ -84,12 +84,16 @@ class ModelRecipe(_Section):
 
 
 class LossRecipe(_Section):
-    """What the gradient sees besides the cross entropy; reported figures never contain it."""
+    """What the gradient follows."""
 
+    kind: Literal["cross_entropy", "entmax"] = "cross_entropy"
+    """cross_entropy: softmax, no token is impossible; entmax: most tokens get exactly 0 (Martins et al. 2020)"""
+    alpha: float = Field(1.5, gt=1, le=2)
+    """entmax: 2 is sparsemax, the sparsest; towards 1 it becomes softmax; cross_entropy has no use for it"""
     ar_alpha: float = Field(2.0, ge=0)
-    """activation regularisation of the dropped output (sec. 4.6) [alpha]"""
+    """activation regularisation of the dropped output (sec. 4.6); never in a reported figure [alpha]"""
     tar_beta: float = Field(1.0, ge=0)
-    """temporal activation regularisation of the raw output (sec. 4.6) [beta]"""
+    """temporal activation regularisation of the raw output (sec. 4.6); never in a reported figure [beta]"""
 
 
 class OptimRecipe(_Section):
@@ -131,6 +135,11 @@ class Recipe(_Section):
     model: ModelRecipe
     loss: LossRecipe
     optim: OptimRecipe
+
+    @property
+    def alpha(self) -> float:
+        """What turns logits into probabilities: 1 is softmax, above it entmax."""
+        return self.loss.alpha if self.loss.kind == "entmax" else 1.0
 
     def to_toml(self) -> str:
         """Write all settings as TOML that `load_recipe` reads back to an equal recipe."""

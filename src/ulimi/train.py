@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import ulimi
 from ulimi.corpus import Corpus, read_lines
 from ulimi.data import IGNORED, EncodedText, Ids, Windows, encode_file, make_streams, validation_rows
+from ulimi.distribution import EPSILON
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.export import describe_export, export_onnx
@@ -47,6 +48,9 @@ except ImportError:  # Windows
 
 LOCK = ".lock"
 
+SUPPORT = 256
+"""tokens that entmax sorts at first; a row that needs more is sorted again"""
+
 CHECK_EVERY = 20
 """steps between two looks at the loss: each look makes a GPU wait"""
 
@@ -60,8 +64,8 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """Something worth a line."""
 
-    def step(self, progress: "Progress", total_tokens: int, nll: float, lr: float) -> None:
-        """Called every `CHECK_EVERY` steps; `nll` is this epoch's mean so far."""
+    def step(self, progress: "Progress", total_tokens: int, loss: float, lr: float) -> None:
+        """Called every `CHECK_EVERY` steps; `loss` is this epoch's mean so far."""
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Called with each new row of metrics.jsonl."""
@@ -73,7 +77,7 @@ class Silent:
     def note(self, text: str) -> None:
         """Nothing."""
 
-    def step(self, progress: "Progress", total_tokens: int, nll: float, lr: float) -> None:
+    def step(self, progress: "Progress", total_tokens: int, loss: float, lr: float) -> None:
         """Nothing."""
 
     def epoch(self, row: Mapping[str, Any]) -> None:
@@ -95,7 +99,8 @@ class Progress:
     step: int = 0
     tokens: int = 0
     """predicted tokens of the whole run"""
-    epoch_nats: float = 0.0
+    epoch_loss: float = 0.0
+    """training loss so far, summed over tokens: nats where it is the cross entropy"""
     epoch_tokens: int = 0
     seconds: float = 0.0
     """of training and validation, over all sittings"""
@@ -286,17 +291,17 @@ class Trainer:
             position=p.position,
         )  # fmt: skip
         started, saved, base_seconds = time.perf_counter(), time.perf_counter(), p.seconds
-        total_nll = torch.tensor(p.epoch_nats, dtype=torch.float64, device=self.device)
+        total_loss = torch.tensor(p.epoch_loss, dtype=torch.float64, device=self.device)
         self.model.train()
         for inputs, targets in windows:
             inputs_BT = torch.from_numpy(inputs).to(self.device)
             targets_BT = torch.from_numpy(targets).to(self.device)
             out = self.model(inputs_BT, self.state, self.rng)
-            nll = F.cross_entropy(out.logits.flatten(0, 1), targets_BT.flatten())
+            token_loss = training_loss(out.logits.flatten(0, 1), targets_BT.flatten(), loss.kind, loss.alpha)
             ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
 
             self.optimizer.zero_grad(set_to_none=True)
-            (nll + ar + tar).backward()  # type: ignore[no-untyped-call]
+            (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm)
             lr = learning_rate(
                 optim, step=p.step, progress=p.tokens / (tokens_per_epoch * optim.max_epochs), epochs_done=p.epoch,
@@ -308,7 +313,7 @@ class Trainer:
                 self.average.update()
 
             self.state = detach_state(out.state)
-            total_nll += nll.detach() * targets_BT.numel()  # stays on the device: no wait at each step
+            total_loss += token_loss.detach() * targets_BT.numel()  # stays on the device: no wait at each step
             p.step += 1
             p.tokens += targets_BT.numel()
             p.epoch_tokens += targets_BT.numel()
@@ -316,19 +321,19 @@ class Trainer:
             stopping = should_stop()
             due = time.perf_counter() - saved > 60 * checkpoint_minutes
             if stopping or due or p.step % CHECK_EVERY == 0:
-                p.epoch_nats = total_nll.item()
+                p.epoch_loss = total_loss.item()
                 p.seconds = base_seconds + time.perf_counter() - started
-                self._check_finite(p.epoch_nats, "training loss", lr)
-                self.reporter.step(p, tokens_per_epoch, p.epoch_nats / p.epoch_tokens, lr)
+                self._check_finite(p.epoch_loss, "training loss", lr)
+                self.reporter.step(p, tokens_per_epoch, p.epoch_loss / p.epoch_tokens, lr)
             if stopping or due:
                 self._check_weights(lr)
                 self.save_checkpoint()
                 saved = time.perf_counter()
             if stopping:
                 raise Interrupted
-        p.epoch_nats = total_nll.item()
+        p.epoch_loss = total_loss.item()
         p.seconds = base_seconds + time.perf_counter() - started
-        self._check_finite(p.epoch_nats, "training loss", optim.lr)
+        self._check_finite(p.epoch_loss, "training loss", optim.lr)
 
     def _end_epoch(self) -> dict[str, Any]:
         """Validate the weights that would be saved, save them if they are the best, and look at the trigger."""
@@ -348,7 +353,6 @@ class Trainer:
             p.finished = True
             self.reporter.note(f"epoch {p.epoch + 1}: the average no longer improves, finetuning ends")
         p.history.append(valid)
-        train_nll = p.epoch_nats / p.epoch_tokens
         stats = self.valid_text.stats
         p.seconds += time.perf_counter() - started
         row = {
@@ -359,7 +363,7 @@ class Trainer:
                 optim, step=p.step, progress=p.tokens / (p.epoch_tokens * optim.max_epochs), epochs_done=p.epoch,
                 window=self.recipe.data.bptt, bptt=self.recipe.data.bptt,
             ),
-            "train_nll": train_nll,
+            "train_loss": p.epoch_loss / p.epoch_tokens,
             "valid_nll": valid,
             "valid_perplexity": math.exp(min(valid, 700.0)),
             "valid_bits_per_char": valid * len(self.valid_text.ids) / math.log(2) / stats.num_chars,
@@ -369,7 +373,7 @@ class Trainer:
         }  # fmt: skip
         self._append_metrics(row)
         p.epoch += 1
-        p.position, p.epoch_nats, p.epoch_tokens = 0, 0.0, 0
+        p.position, p.epoch_loss, p.epoch_tokens = 0, 0.0, 0
         self.state = self.model.initial_state(self.recipe.data.batch_size)
         self.save_checkpoint()
         with atomic_path(self.run_dir / "curve.png") as path:
@@ -380,7 +384,8 @@ class Trainer:
         """Measure the model's present weights; write them if none were better. Nats per token."""
         p = self.progress
         ids, eos_id = self.valid_text.ids, self.tokenizer.eos_id
-        valid = validation_nats(self.model, ids, self.recipe.data.eval_batch_size, eos_id) / len(ids)
+        nats = validation_nats(self.model, ids, self.recipe.data.eval_batch_size, eos_id, alpha=self.recipe.alpha)
+        valid = nats / len(ids)
         self._check_finite(valid, "validation loss", self.recipe.optim.lr)
         if valid < p.best:
             p.best, p.best_epoch = valid, p.epoch + 1
@@ -391,7 +396,7 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Score the best weights on one stream and write what people read."""
         run = open_run(self.run_dir)
-        engine = TorchEngine(load_model(run, self.device))
+        engine = TorchEngine(load_model(run, self.device), run.alpha)
         nats = score_stream(engine, self.valid_text.ids, self.tokenizer.eos_id)
         score = Score.of(nats, len(self.valid_text.ids), self.valid_text.stats)
         self.meta["scores"] = {"valid": score.as_dict()}
@@ -458,7 +463,13 @@ class Trainer:
         self.tokenizer.save(self.run_dir)
         write_text(self.run_dir / "recipe.toml", self.recipe.to_toml())
         eos = self.tokenizer.eos_id
-        config = {"model_type": "awd_lstm", "bos_token_id": eos, "eos_token_id": eos, "awd_lstm": self.config}
+        config = {
+            "model_type": "awd_lstm",
+            "bos_token_id": eos,
+            "eos_token_id": eos,
+            "entmax_alpha": self.recipe.alpha,
+            "awd_lstm": self.config,
+        }
         write_json(self.run_dir / "config.json", config)
 
     def _append_metrics(self, row: dict[str, Any]) -> None:
@@ -560,6 +571,47 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
     return None
 
 
+def training_loss(logits_NV: Tensor, targets_N: Tensor, kind: str, alpha: float) -> Tensor:
+    """Mean loss of some predictions: cross entropy, in nats, or the alpha-entmax loss (Peters et al. 2019).
+
+    Args:
+        logits_NV: (N, V).
+        targets_N: (N,).
+        kind: "cross_entropy" or "entmax".
+        alpha: of entmax, above 1, at most 2.
+    """
+    if kind == "cross_entropy":
+        return F.cross_entropy(logits_NV, targets_N)
+    from entmax import Entmax15Loss, EntmaxBisectLoss, SparsemaxLoss
+
+    if alpha == 1.5:
+        criterion: nn.Module = Entmax15Loss(k=SUPPORT)
+    elif alpha == 2:
+        criterion = SparsemaxLoss(k=SUPPORT)
+    else:
+        criterion = EntmaxBisectLoss(alpha)
+    loss: Tensor = criterion(logits_NV, targets_N)
+    return loss
+
+
+def _target_nats(logits_NV: Tensor, targets_N: Tensor, alpha: float) -> Tensor:
+    """Total nats of the targets that are not `IGNORED`, smoothed by epsilon where the model is sparse."""
+    if alpha == 1:
+        return F.cross_entropy(logits_NV, targets_N, reduction="sum", ignore_index=IGNORED)
+    from entmax import entmax15, entmax_bisect, sparsemax
+
+    counted = targets_N != IGNORED
+    logits_MV, targets_M = logits_NV[counted], targets_N[counted]
+    if alpha == 1.5:
+        probs_MV = entmax15(logits_MV, k=SUPPORT)
+    elif alpha == 2:
+        probs_MV = sparsemax(logits_MV, k=SUPPORT)
+    else:
+        probs_MV = entmax_bisect(logits_MV, alpha)
+    probs_M = probs_MV.gather(1, targets_M[:, None])[:, 0].double()
+    return (math.log1p(EPSILON * logits_NV.size(1)) - torch.log(probs_M + EPSILON)).sum()
+
+
 def regularisation(raw_BTE: Tensor, dropped_BTE: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """Activation and temporal activation regularisation, AR and TAR (sec. 4.6).
 
@@ -574,8 +626,11 @@ def regularisation(raw_BTE: Tensor, dropped_BTE: Tensor, alpha: float, beta: flo
     return alpha * dropped_BTE.pow(2).mean(), beta * raw_BTE.diff(dim=1).pow(2).mean()
 
 
-def validation_nats(model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int) -> float:
-    """Total nats of a text, every token once, read in `batch_size` stretches that each start from a zero state."""
+def validation_nats(model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int, alpha: float = 1.0) -> float:
+    """Total nats of a text, every token once, read in `batch_size` stretches that each start from a zero state.
+
+    Those of a sparse model (alpha above 1) are smoothed, as in `ulimi.distribution.smoothed_nats`.
+    """
     device = model.lm_head.bias.device
     inputs_BN, targets_BN = validation_rows(ids, batch_size, eos_id)
     was_training = model.training
@@ -588,7 +643,7 @@ def validation_nats(model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int) -> f
                 window = slice(start, start + EVALUATION_WINDOW)
                 out = model(torch.from_numpy(inputs_BN[:, window]).to(device), state)
                 targets = torch.from_numpy(targets_BN[:, window].copy()).to(device).flatten()
-                total += F.cross_entropy(out.logits.flatten(0, 1), targets, reduction="sum", ignore_index=IGNORED)
+                total += _target_nats(out.logits.flatten(0, 1), targets, alpha)
                 state = out.state
     finally:
         model.train(was_training)
