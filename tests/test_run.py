@@ -30,7 +30,7 @@ LAYERS = [
     {"data", "distribution"},
     {"engine"},
     {"generate", "words", "score", "info", "progress"},
-    {"recipe", "model", "plot"},
+    {"recipe", "model", "loss", "plot"},
     {"optim", "adapt", "export"},
     {"train"},
     {"cli"},
@@ -38,7 +38,7 @@ LAYERS = [
 ]
 """a module may import those of the layers above its own"""
 
-TRAINING_FLOOR = {"recipe", "model", "optim", "train", "adapt", "plot", "export"}
+TRAINING_FLOOR = {"recipe", "model", "loss", "optim", "train", "adapt", "plot", "export"}
 LIGHT_FLOOR = set().union(*LAYERS) - TRAINING_FLOOR
 HEAVY = {"torch", "safetensors", "tomli_w", "matplotlib", "tensorboard", "onnx"}
 

@@ -554,7 +554,7 @@ def _is_of_another_text(work_dir: Path, corpus: Path) -> bool:
 
 
 def _need_training_extra() -> None:
-    for module in ("torch", "safetensors", "pydantic", "tomli_w", "matplotlib", "onnx", "entmax"):
+    for module in ("torch", "safetensors", "pydantic", "tomli_w", "matplotlib", "onnx"):
         if find_spec(module) is None:
             raise UlimiError(f"this command needs {module}: pip install 'ulimi[train]'")
 

@@ -31,34 +31,33 @@ def log_probs(logits_BV: ArrayLike, alpha: float = 1.0) -> NDArray[np.float64]:
     if alpha == 1:
         log_probs_BV: NDArray[np.float64] = shifted_BV - np.log(np.exp(shifted_BV).sum(axis=-1, keepdims=True))
         return log_probs_BV
-    return _log_entmax((alpha - 1) * shifted_BV, 1 / (alpha - 1))
+    # Row by row: together, numpy would add up a row in another order for each batch that it is in.
+    rows = [_log_entmax((alpha - 1) * row_V, 1 / (alpha - 1)) for row_V in shifted_BV.reshape(-1, x_BV.shape[-1])]
+    return np.stack(rows).reshape(x_BV.shape)
 
 
-def _log_entmax(scaled_BV: NDArray[np.float64], power: float) -> NDArray[np.float64]:
-    """Find each row's threshold t, for which the sum of [x - t]+ ^ power is 1.
+def _log_entmax(scaled_V: NDArray[np.float64], power: float) -> NDArray[np.float64]:
+    """Find the threshold t, for which the sum of [x - t]+ ^ power is 1, of numbers of which 0 is the largest.
 
-    The sum falls with t and is convex, and -1 is not above the threshold, since the best x is 0: from there Newton's
-    method comes nearer with each step and never passes it.
+    The sum falls with t and is convex, and it is not below 1 at t = -1: from there Newton's method comes nearer with
+    each step and never passes.
     """
-    log_probs_BV = np.full_like(scaled_BV, -np.inf)
-    # Whoever is more than 1 below the best has no probability.
-    columns = np.flatnonzero((scaled_BV > -1).any(axis=0))
-    scaled_BK = scaled_BV[:, columns]
-    threshold_B1 = np.full((len(scaled_BK), 1), -1.0)
+    candidates = np.flatnonzero(scaled_V > -1)  # whoever is further below the best has no probability
+    scaled_K = scaled_V[candidates]
+    threshold = -1.0
     for _ in range(ITERATIONS):
-        above_BK = np.maximum(scaled_BK - threshold_B1, 0)
-        slope_BK = above_BK ** (power - 1) if power > 1 else (above_BK > 0).astype(np.float64)
-        excess_B1 = (slope_BK * above_BK).sum(axis=-1, keepdims=True) - 1
-        step_B1 = excess_B1 / (power * slope_BK.sum(axis=-1, keepdims=True))
-        threshold_B1 += step_B1
-        if (step_B1 < 1e-15).all():
+        above_K = scaled_K[scaled_K > threshold] - threshold
+        slope_K = above_K ** (power - 1)
+        step = ((slope_K * above_K).sum() - 1) / (power * slope_K.sum())
+        threshold += step
+        if step < 1e-15:
             break
+    log_probs_V = np.full_like(scaled_V, -np.inf)
     with np.errstate(divide="ignore"):
-        log_probs_BK = power * np.log(np.maximum(scaled_BK - threshold_B1, 0))
-    # What rounding left of the sum's distance from 1.
-    log_probs_BK -= np.log(np.exp(log_probs_BK).sum(axis=-1, keepdims=True))
-    log_probs_BV[:, columns] = log_probs_BK
-    return log_probs_BV
+        log_probs_K = power * np.log(np.maximum(scaled_K - threshold, 0))
+    # Rounding leaves the sum a little beside 1.
+    log_probs_V[candidates] = log_probs_K - np.log(np.exp(log_probs_K).sum())
+    return log_probs_V
 
 
 def smoothed_nats(probs: ArrayLike, vocab_size: int, epsilon: float = EPSILON) -> NDArray[np.float64]:

@@ -20,19 +20,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import ulimi
 from ulimi.corpus import Corpus, read_lines
-from ulimi.data import IGNORED, EncodedText, Ids, Windows, encode_file, make_streams, validation_rows
-from ulimi.distribution import EPSILON
+from ulimi.data import EncodedText, Ids, Windows, encode_file, make_streams, validation_rows
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.export import describe_export, export_onnx
 from ulimi.files import atomic_path, write_json, write_text
 from ulimi.info import model_card
+from ulimi.loss import target_nats, training_loss
 from ulimi.model import AWDLSTM, State, detach_state
 from ulimi.optim import RunningAverage, learning_rate, make_optimizer, non_monotonic
 from ulimi.plot import plot_curve
@@ -47,9 +46,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-
-SUPPORT = 256
-"""tokens that entmax sorts at first; a row that needs more is sorted again"""
 
 CHECK_EVERY = 20
 """steps between two looks at the loss: each look makes a GPU wait"""
@@ -571,47 +567,6 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
     return None
 
 
-def training_loss(logits_NV: Tensor, targets_N: Tensor, kind: str, alpha: float) -> Tensor:
-    """Mean loss of some predictions: cross entropy, in nats, or the alpha-entmax loss (Peters et al. 2019).
-
-    Args:
-        logits_NV: (N, V).
-        targets_N: (N,).
-        kind: "cross_entropy" or "entmax".
-        alpha: of entmax, above 1, at most 2.
-    """
-    if kind == "cross_entropy":
-        return F.cross_entropy(logits_NV, targets_N)
-    from entmax import Entmax15Loss, EntmaxBisectLoss, SparsemaxLoss
-
-    if alpha == 1.5:
-        criterion: nn.Module = Entmax15Loss(k=SUPPORT)
-    elif alpha == 2:
-        criterion = SparsemaxLoss(k=SUPPORT)
-    else:
-        criterion = EntmaxBisectLoss(alpha)
-    loss: Tensor = criterion(logits_NV, targets_N)
-    return loss
-
-
-def _target_nats(logits_NV: Tensor, targets_N: Tensor, alpha: float) -> Tensor:
-    """Total nats of the targets that are not `IGNORED`, smoothed by epsilon where the model is sparse."""
-    if alpha == 1:
-        return F.cross_entropy(logits_NV, targets_N, reduction="sum", ignore_index=IGNORED)
-    from entmax import entmax15, entmax_bisect, sparsemax
-
-    counted = targets_N != IGNORED
-    logits_MV, targets_M = logits_NV[counted], targets_N[counted]
-    if alpha == 1.5:
-        probs_MV = entmax15(logits_MV, k=SUPPORT)
-    elif alpha == 2:
-        probs_MV = sparsemax(logits_MV, k=SUPPORT)
-    else:
-        probs_MV = entmax_bisect(logits_MV, alpha)
-    probs_M = probs_MV.gather(1, targets_M[:, None])[:, 0].double()
-    return (math.log1p(EPSILON * logits_NV.size(1)) - torch.log(probs_M + EPSILON)).sum()
-
-
 def regularisation(raw_BTE: Tensor, dropped_BTE: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """Activation and temporal activation regularisation, AR and TAR (sec. 4.6).
 
@@ -643,7 +598,7 @@ def validation_nats(model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int, alph
                 window = slice(start, start + EVALUATION_WINDOW)
                 out = model(torch.from_numpy(inputs_BN[:, window]).to(device), state)
                 targets = torch.from_numpy(targets_BN[:, window].copy()).to(device).flatten()
-                total += _target_nats(out.logits.flatten(0, 1), targets, alpha)
+                total += target_nats(out.logits.flatten(0, 1), targets, alpha)
                 state = out.state
     finally:
         model.train(was_training)

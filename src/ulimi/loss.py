@@ -1,0 +1,107 @@
+"""What training minimises: cross entropy, or the alpha-entmax loss of sparse models.
+
+The entmax loss is a Fenchel-Young loss (Blondel et al. 2020; Peters, Niculae & Martins 2019): its gradient is
+p - target, as that of the cross entropy, with entmax in the place of softmax. The `entmax` package of its authors sorts
+the logits to find the threshold, which takes 12 times as long as Newton's method does here (2,240 rows of 4,000 logits,
+nearly all in the support, as in a first epoch: 849 ms, and 73 ms; one core). The tests compare both.
+
+Shape letters: N predictions, V vocabulary. It knows torch and its own arguments.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ulimi.data import IGNORED
+from ulimi.distribution import EPSILON, ITERATIONS
+
+ROWS_AT_ONCE = 64
+"""their logits stay in the cache from one pass of Newton's method to the next"""
+
+
+def training_loss(logits_NV: Tensor, targets_N: Tensor, kind: str, alpha: float) -> Tensor:
+    """Mean loss of some predictions.
+
+    Args:
+        logits_NV: (N, V).
+        targets_N: (N,).
+        kind: "cross_entropy" (nats) or "entmax".
+        alpha: of entmax, above 1, at most 2.
+    """
+    if kind == "cross_entropy":
+        return F.cross_entropy(logits_NV, targets_N)
+    loss: Tensor = _EntmaxLoss.apply(logits_NV, targets_N, alpha)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def target_nats(logits_NV: Tensor, targets_N: Tensor, alpha: float) -> Tensor:
+    """Total nats of the targets that are not `IGNORED`; smoothed by `EPSILON` where alpha is above 1.
+
+    Args:
+        logits_NV: (N, V).
+        targets_N: (N,).
+        alpha: what turns logits into probabilities: 1 (softmax) to 2 (sparsemax).
+    """
+    if alpha == 1:
+        return F.cross_entropy(logits_NV, targets_N, reduction="sum", ignore_index=IGNORED)
+    counted = targets_N != IGNORED
+    probs_M = entmax(logits_NV[counted], alpha).gather(1, targets_N[counted, None])[:, 0].double()
+    return (math.log1p(EPSILON * logits_NV.size(1)) - torch.log(probs_M + EPSILON)).sum()
+
+
+def entmax(logits_NV: Tensor, alpha: float) -> Tensor:
+    """Give the alpha-entmax probabilities (N, V) of logits (N, V); no gradient goes through.
+
+    Args:
+        logits_NV: finite.
+        alpha: above 1, at most 2.
+    """
+    with torch.no_grad():
+        return torch.cat([_entmax_rows(rows_MV, alpha) for rows_MV in torch.split(logits_NV.detach(), ROWS_AT_ONCE)])
+
+
+def _entmax_rows(logits_MV: Tensor, alpha: float) -> Tensor:
+    """Newton's method from below the threshold, see `ulimi.distribution`."""
+    power = 1 / (alpha - 1)
+    scaled_MV = (logits_MV - logits_MV.amax(dim=1, keepdim=True)).mul_(alpha - 1)
+    threshold_M1 = torch.full_like(scaled_MV[:, :1], -1.0)
+    smallest_step = 4 * torch.finfo(scaled_MV.dtype).eps
+    for _ in range(ITERATIONS):
+        above_MV = (scaled_MV - threshold_M1).clamp_(min=0)
+        slope_MV = _power(above_MV, power - 1)
+        excess_M1 = (slope_MV * above_MV).sum(dim=1, keepdim=True) - 1
+        step_M1 = excess_M1 / (power * slope_MV.sum(dim=1, keepdim=True))
+        # Rounding may have passed the threshold by a hair: there is no way back up the slope.
+        threshold_M1 += step_M1.clamp_(min=0)
+        if step_M1.max() <= smallest_step:
+            break
+    probs_MV = _power((scaled_MV - threshold_M1).clamp_(min=0), power)
+    return probs_MV.div_(probs_MV.sum(dim=1, keepdim=True))
+
+
+def _power(x: Tensor, power: float) -> Tensor:
+    """Raise numbers that are not negative to a power; 0 to the 0 is 0 here."""
+    if power == 0:
+        return (x > 0).to(x.dtype)
+    return x if power == 1 else x.pow(power)
+
+
+class _EntmaxLoss(torch.autograd.Function):
+    """Mean over rows of (p - target) . logits + (1 - sum p^alpha) / (alpha (alpha - 1)), where p = entmax(logits)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, alpha: float) -> Tensor:
+        residual_NV = entmax(logits_NV, alpha)
+        entropy_N = (1 - residual_NV.pow(alpha).sum(dim=1)) / (alpha * (alpha - 1))
+        residual_NV[torch.arange(len(targets_N), device=targets_N.device), targets_N] -= 1
+        ctx.save_for_backward(residual_NV)
+        loss: Tensor = ((residual_NV * logits_NV).sum(dim=1) + entropy_N).mean()
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (residual_NV,) = ctx.saved_tensors
+        return residual_NV * (grad_output / len(residual_NV)), None, None
