@@ -362,8 +362,8 @@ def generate(
     import secrets
 
     from ulimi.engine import load_engine
-    from ulimi.generate import Sampling
     from ulimi.run import open_run
+    from ulimi.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     stops = [text.replace("\\n", "\n") for text in stop or []]

@@ -77,6 +77,16 @@ class Engine(Protocol):
     def select_state(self, state: EngineState, rows: Sequence[int]) -> EngineState:
         """Keep these rows of a batch, in this order."""
 
+    def join_states(self, states: Sequence[EngineState]) -> EngineState:
+        """Put the states of several streams or batches together as one batch, in this order."""
+
+    def output(self, state: EngineState) -> NDArray[np.float32]:
+        """Give the last layer's output that led to this state, (B, E).
+
+        Raises:
+            UlimiError: the model has no such thing.
+        """
+
 
 class TorchEngine:
     """`Engine` on PyTorch.
@@ -150,6 +160,20 @@ class TorchEngine:
         """Keep these rows of a batch, in this order."""
         return [(h[:, list(rows)].contiguous(), c[:, list(rows)].contiguous()) for h, c in state]
 
+    def join_states(self, states: Sequence[EngineState]) -> EngineState:
+        """Put the states of several streams or batches together as one batch, in this order."""
+        import torch
+
+        return [
+            tuple(torch.cat(parts, dim=1) for parts in zip(*layer, strict=True)) for layer in zip(*states, strict=True)
+        ]
+
+    def output(self, state: EngineState) -> NDArray[np.float32]:
+        """Give the last layer's output that led to this state, (B, E)."""
+        h, _ = state[-1]
+        output_BE: NDArray[np.float32] = h[0].float().cpu().numpy()
+        return output_BE
+
 
 class OnnxEngine:
     """`Engine` on ONNX Runtime, on the CPU; the graph is that of `ulimi.export`.
@@ -194,7 +218,7 @@ class OnnxEngine:
     def step(self, ids_B: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
         """Read one id a stream, (B,); give the logits of the next, (B, V): each row's own, whatever the batch."""
         rows = [self._run(ids_B[row : row + 1], self.select_state(state, [row])) for row in range(len(ids_B))]
-        return np.concatenate([logits_1V for logits_1V, _ in rows]), _join_states([state for _, state in rows])
+        return np.concatenate([logits_1V for logits_1V, _ in rows]), self.join_states([state for _, state in rows])
 
     def prime(self, ids: Sequence[int], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
         """Read several ids of one stream at once; give the logits after the last, (1, V)."""
@@ -223,12 +247,12 @@ class OnnxEngine:
             top_T = logits_TV.max(axis=-1)
             total_T = np.exp(logits_TV - top_T[:, None]).sum(axis=-1)
             nll_BT[row] = np.log(total_T) + top_T - logits_TV[np.arange(len(top_T)), targets_1T[0]]
-        return nll_BT, _join_states(new_states)
+        return nll_BT, self.join_states(new_states)
 
     def logits(self, inputs_BT: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
         """Read a window; give the logits after each id, (B, T, V): a row's own, but for the pads that it holds."""
         rows = [self._run(inputs_T, self.select_state(state, [row])) for row, inputs_T in enumerate(inputs_BT)]
-        return np.stack([logits_TV for logits_TV, _ in rows]), _join_states([new_state for _, new_state in rows])
+        return np.stack([logits_TV for logits_TV, _ in rows]), self.join_states([new_state for _, new_state in rows])
 
     def repeat_state(self, state: EngineState, n: int) -> EngineState:
         """Turn the state of one stream into that of `n` equal ones."""
@@ -237,6 +261,15 @@ class OnnxEngine:
     def select_state(self, state: EngineState, rows: Sequence[int]) -> EngineState:
         """Keep these rows of a batch, in this order."""
         return [np.ascontiguousarray(array[:, list(rows)]) for array in state]
+
+    def join_states(self, states: Sequence[EngineState]) -> EngineState:
+        """Put the states of several streams or batches together as one batch, in this order."""
+        return [np.concatenate(arrays, axis=1) for arrays in zip(*states, strict=True)]
+
+    def output(self, state: EngineState) -> NDArray[np.float32]:
+        """Give the last layer's output that led to this state, (B, E)."""
+        output_BE: NDArray[np.float32] = state[-2][0]
+        return output_BE
 
     def _run(self, ids_T: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
         """Read ids of one stream, (T,); give the logits after each, (T, V)."""
@@ -252,11 +285,6 @@ def _sparse_nats(logits_BTV: NDArray[np.float32], targets_BT: NDArray[np.int64],
     log_probs_NV = log_probs(logits_BTV.reshape(-1, vocab_size), alpha)
     log_probs_N = log_probs_NV[np.arange(len(log_probs_NV)), targets_BT.ravel()]
     return smoothed_nats(np.exp(log_probs_N), vocab_size).astype(np.float32).reshape(targets_BT.shape)
-
-
-def _join_states(states: Sequence[EngineState]) -> EngineState:
-    """Put ONNX states of one stream each together as a batch."""
-    return [np.concatenate(arrays, axis=1) for arrays in zip(*states, strict=True)]
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from ulimi.distribution import log_probs
 from ulimi.errors import UlimiError
 
 Rule = Callable[[Sequence[int], NDArray[np.float64]], None]
-"""Told a row's ids, the prompt's among them, and its scores (V,): logits, the highest of which is 0 or less; it lowers
-some of them in place, to -inf where the token must not come."""
+"""Told a row's ids, the prompt's among them, and its logits (V,), some of which it lowers in place: to -inf where the
+token must not come."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class RepetitionPenalty:
             raise UlimiError(f"repetition_penalty must be a finite number, 1 (off) or more; got {penalty!r}")
         self._penalty = penalty
 
-    def __call__(self, ids: Sequence[int], scores_V: NDArray[np.float64]) -> None:
-        """Lower the scores of `ids`."""
+    def __call__(self, ids: Sequence[int], logits_V: NDArray[np.float64]) -> None:
+        """Lower the logits of `ids`."""
         seen = np.unique(np.asarray(ids, dtype=np.int64))
-        total = np.log(np.exp(scores_V).sum())
-        scores_V[seen] = (scores_V[seen] - total) * self._penalty + total
+        total = np.logaddexp.reduce(logits_V)
+        logits_V[seen] = (logits_V[seen] - total) * self._penalty + total
 
 
 class NoRepeatNgram:
@@ -95,13 +95,13 @@ class NoRepeatNgram:
             raise UlimiError(f"no_repeat_ngram must be 1 or more; got {n}")
         self._n = n
 
-    def __call__(self, ids: Sequence[int], scores_V: NDArray[np.float64]) -> None:
+    def __call__(self, ids: Sequence[int], logits_V: NDArray[np.float64]) -> None:
         """Rule out what followed the last n - 1 ids before."""
         n, ids = self._n, list(ids)
         last = ids[len(ids) - n + 1 :]
         for start in range(len(ids) - n + 1):
             if ids[start : start + n - 1] == last:
-                scores_V[ids[start + n - 1]] = -np.inf
+                logits_V[ids[start + n - 1]] = -np.inf
 
 
 def log_softmax(logits_BV: ArrayLike) -> NDArray[np.float64]:
@@ -163,13 +163,13 @@ def apply_rules(
     """
     if not rules:
         return logits_BV
-    scores_BV = _shifted(logits_BV)
-    for scores_V, ids in zip(scores_BV, texts, strict=True):
+    ruled_BV = logits_BV.copy()
+    for ruled_V, ids in zip(ruled_BV, texts, strict=True):
         for rule in rules:
-            rule(ids, scores_V)
-    if not np.isfinite(scores_BV.max(axis=-1)).all():
+            rule(ids, ruled_V)
+    if not np.isfinite(ruled_BV.max(axis=-1)).all():
         raise UlimiError("the rules leave no token: fewer banned words, or a larger no-repeat n-gram, leave some")
-    return scores_BV
+    return ruled_BV
 
 
 def checked_logits(logits_BV: ArrayLike) -> NDArray[np.float64]:

@@ -1,0 +1,325 @@
+"""Beam search: the most probable texts that a beam of this width finds, with their log-probabilities.
+
+Length penalty: a text's score is its log-probability / (tokens ** penalty), 0 for none, as in Hugging Face's.
+Diverse groups: Vijayakumar et al. (2018), "Diverse Beam Search", Hamming diversity. Required words: the beam's places
+are dealt out over the number of required tokens that a text has already (Post & Vilar 2018, "Fast Lexically
+Constrained Decoding with Dynamic Beam Allocation").
+
+Shape letters: V vocabulary. This module knows ids and logits, not strings.
+"""
+
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ulimi.distribution import log_probs
+from ulimi.errors import UlimiError
+from ulimi.generate import Start, given_what_was_typed
+from ulimi.sampling import Rule, apply_rules, best_ids, checked_logits
+
+if TYPE_CHECKING:
+    from ulimi.engine import Engine, EngineState
+
+
+@dataclass(frozen=True)
+class Beams:
+    """How to search.
+
+    Raises:
+        UlimiError: a value is outside its range.
+    """
+
+    num: int
+    """width of the beam, all groups together"""
+    num_groups: int = 1
+    """groups that each search apart, each kept from what those before it chose at the same step"""
+    diversity: float = 0.0
+    """nats that a token loses for each time that a group before has chosen it at this step"""
+    length_penalty: float = 1.0
+    """0: the most probable text wins, which is a short one; 1: the highest mean; more: longer ones"""
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise UlimiError(f"the number of beams must be 1 or more; got {self.num}")
+        if self.num_groups < 1 or self.num % self.num_groups:
+            raise UlimiError(
+                f"the number of groups must divide that of beams; got {self.num_groups} groups of {self.num} beams"
+            )
+        if not 0 <= self.diversity < np.inf:
+            raise UlimiError(f"diversity must be a finite number, 0 (none) or more; got {self.diversity!r}")
+        if not -np.inf < self.length_penalty < np.inf:
+            raise UlimiError(f"length_penalty must be a finite number; got {self.length_penalty!r}")
+
+
+@dataclass(frozen=True)
+class Required:
+    """A word that the text must hold, as whole word."""
+
+    inside: tuple[int, ...]
+    """its tokens inside a line, at least one"""
+    at_start: tuple[int, ...]
+    """its tokens at the start of a line, at least one"""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A text and what it is worth."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """nats of each token under the model itself"""
+    score: float
+    """what it was ranked by: its log-probability after the rules, over its length to the power of the penalty"""
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A text that goes on."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    total: float
+    """log-probability after the rules"""
+    place: int
+    """row of the engine's batch"""
+    met: frozenset[int] = frozenset()
+    """required words that it has"""
+    begun: tuple[int, int] | None = None
+    """(required word, how many of its tokens stand at the end); all of them: it is met if the word ends here"""
+
+
+def beam_search(
+    engine: "Engine",
+    prompt_ids: Sequence[int],
+    beams: Beams,
+    *,
+    max_tokens: int,
+    num: int = 1,
+    stop_ids: Collection[int] = (),
+    should_stop: Callable[[list[int]], bool] | None = None,
+    rules: Callable[[list[int]], Sequence[Rule]] | Sequence[Rule] = (),
+    required: Sequence[Required] = (),
+    ends_word_V: NDArray[np.bool_] | None = None,
+    starts: Sequence[Start] = (),
+) -> list[Hypothesis]:
+    """Find the `num` best texts, best first; fewer if the beam holds fewer.
+
+    A beam that is wide enough finds the best of all texts; the test enumerates them.
+
+    Args:
+        engine: the model.
+        prompt_ids: at least one id.
+        beams: how to search.
+        max_tokens: the most tokens that a text may get, 1 or more.
+        num: the number of texts, at most that of the beams.
+        stop_ids: a text ends with the first of these, which belongs to it.
+        should_stop: told a text's ids without the prompt; it ends if it says so.
+        rules: for all texts, or a function of a text's ids that gives its own; they see prompt and text.
+        required: words that each text must hold; one group only.
+        ends_word_V: tokens before which a word is over; needed with `required`.
+        starts: as in `ulimi.generate.generate`; the search begins with all of them.
+
+    Raises:
+        UlimiError: an argument is outside its range, the logits are not finite, the rules leave none, or no text with
+            the required words was found.
+    """
+    if not prompt_ids:
+        raise UlimiError("prompt_ids is empty; generation needs at least one id to start from")
+    if max_tokens < 1:
+        raise UlimiError(f"max_tokens must be 1 or more; got {max_tokens}")
+    if not 1 <= num <= beams.num:
+        raise UlimiError(f"a beam of {beams.num} gives 1 to {beams.num} texts; got {num}")
+    if required and beams.num_groups > 1:
+        raise UlimiError("required words go with one group of beams only")
+    rules_of = rules if callable(rules) else lambda _: rules
+    search = _Search(
+        engine, list(prompt_ids), beams, max_tokens, frozenset(stop_ids), should_stop, rules_of, required, ends_word_V
+    )
+    search.begin(starts)
+    while search.going():
+        search.step()
+    found = search.results()
+    if not found:
+        raise UlimiError(
+            f"no text of {max_tokens} tokens with all required words was found; allow more tokens or beams"
+        )
+    return found[:num]
+
+
+class _Search:
+    """The beams of all groups, and what they have finished."""
+
+    def __init__(
+        self,
+        engine: "Engine",
+        prompt: list[int],
+        beams: Beams,
+        max_tokens: int,
+        stops: frozenset[int],
+        should_stop: Callable[[list[int]], bool] | None,
+        rules_of: Callable[[list[int]], Sequence[Rule]],
+        required: Sequence[Required],
+        ends_word_V: NDArray[np.bool_] | None,
+    ) -> None:
+        self.engine, self.prompt, self.beams, self.max_tokens = engine, prompt, beams, max_tokens
+        self.stops, self.should_stop, self.rules_of = stops, should_stop, rules_of
+        self.required, self.ends_word_V = required, ends_word_V
+        self.width = beams.num // beams.num_groups
+        self.groups: list[list[_Open]] = []
+        self.finished: list[list[Hypothesis]] = [[] for _ in range(beams.num_groups)]
+        self.logits_BV: NDArray[np.float64] = np.empty((0, engine.vocab_size))
+        self.state: EngineState = None
+
+    def begin(self, starts: Sequence[Start]) -> None:
+        """Read the prompt; all groups begin with the same texts."""
+        if not starts:
+            first_1V, self.state = self.engine.prime(self.prompt, self.engine.initial_state(1))
+            self.logits_BV = checked_logits(first_1V)
+            self.groups = [[_Open((), (), 0.0, 0)] for _ in range(self.beams.num_groups)]
+            return
+        best = sorted(given_what_was_typed(starts), key=lambda start: -start.logprob)[: self.beams.num]
+        last_B = np.array([start.ids[-1] for start in best], dtype=np.int64)
+        next_BV, self.state = self.engine.step(last_B, self.engine.join_states([start.state for start in best]))
+        self.logits_BV = checked_logits(next_BV)
+        texts = [_Open(start.ids, start.logprobs, start.logprob, place) for place, start in enumerate(best)]
+        self.groups = [
+            self._choose([(text.total, text) for text in texts], group) for group in range(self.beams.num_groups)
+        ]
+
+    def going(self) -> bool:
+        """Whether any group could still find something better."""
+        return any(not self._done(group) for group in range(self.beams.num_groups))
+
+    def step(self) -> None:
+        """Let every text grow by a token."""
+        texts = [text for group in self.groups for text in group]
+        scores = {}
+        for text in texts:
+            row_1V = self.logits_BV[text.place : text.place + 1]
+            own_1V = log_probs(row_1V, self.engine.alpha)
+            rules = self.rules_of(list(text.ids))
+            scores[text.ids] = own_1V[0], apply_rules(own_1V, rules, [[*self.prompt, *text.ids]])[0]
+        chosen_V = np.zeros(self.engine.vocab_size)
+        for index, group in enumerate(self.groups):
+            if self._done(index):
+                self.groups[index] = []
+                continue
+            grown: list[tuple[float, _Open]] = []
+            for text in group:
+                own_V, ruled_V = scores[text.ids]
+                augmented_V = text.total + ruled_V - self.beams.diversity * chosen_V
+                for token in self._candidates(text, augmented_V):
+                    if np.isfinite(ruled_V[token]):
+                        longer = self._grow(text, token, float(own_V[token]), float(ruled_V[token]))
+                        grown.append((float(augmented_V[token]), longer))
+            self.groups[index] = self._choose(grown, index)
+            for text in self.groups[index]:
+                chosen_V[text.ids[-1]] += 1
+        self._read()
+
+    def results(self) -> list[Hypothesis]:
+        """All that was finished, or cut off by the limit, best first; a text that several groups found comes once."""
+        found = {hypothesis.ids: hypothesis for group in self.finished for hypothesis in group}
+        return sorted(found.values(), key=lambda hypothesis: -hypothesis.score)
+
+    def _done(self, index: int) -> bool:
+        group = self.groups[index]
+        if not group:
+            return True
+        finished = sorted((hypothesis.score for hypothesis in self.finished[index]), reverse=True)
+        if len(finished) < self.width:
+            return False
+        # A log-probability can only fall: this is the highest score that any of the texts can still reach.
+        penalty = self.beams.length_penalty
+        length = self.max_tokens if penalty > 0 else 1 + min(len(text.ids) for text in group)
+        best: float = max(text.total for text in group) / length**penalty
+        return finished[self.width - 1] >= best
+
+    def _candidates(self, text: _Open, augmented_V: NDArray[np.float64]) -> list[int]:
+        # As many again as the beam is wide, since some may end; and the next token of each required word.
+        ids: list[int] = best_ids(augmented_V[None], min(2 * self.width, len(augmented_V)))[0].tolist()
+        at_start = ([*self.prompt, *text.ids])[-1] in self.stops
+        for word, required in enumerate(self.required):
+            tokens = required.at_start if at_start else required.inside
+            if word not in text.met:
+                ids.append(tokens[0])
+            if text.begun is not None and text.begun[0] == word and text.begun[1] < len(self._spelling(text, word)):
+                ids.append(self._spelling(text, word)[text.begun[1]])
+        return list(dict.fromkeys(ids))
+
+    def _spelling(self, text: _Open, word: int) -> tuple[int, ...]:
+        """The tokens of the required word that `text` has begun: which ones, what stands before them decides."""
+        assert text.begun is not None
+        before = [*self.prompt, *text.ids][: -text.begun[1]]
+        return self.required[word].at_start if before[-1] in self.stops else self.required[word].inside
+
+    def _grow(self, text: _Open, token: int, own: float, ruled: float) -> _Open:
+        longer = replace(
+            text, ids=(*text.ids, token), logprobs=(*text.logprobs, own), total=text.total + ruled, begun=None
+        )
+        if not self.required:
+            return longer
+        if text.begun is not None:
+            word, done = text.begun
+            tokens = self._spelling(text, word)
+            if done < len(tokens) and tokens[done] == token:
+                return replace(longer, begun=(word, done + 1))
+            assert self.ends_word_V is not None
+            if done == len(tokens) and self.ends_word_V[token]:
+                longer = replace(longer, met=longer.met | {word})
+        at_start = ([*self.prompt, *text.ids])[-1] in self.stops
+        for word, required in enumerate(self.required):
+            if word not in longer.met and (required.at_start if at_start else required.inside)[0] == token:
+                return replace(longer, begun=(word, 1))
+        return longer
+
+    def _choose(self, grown: list[tuple[float, _Open]], index: int) -> list[_Open]:
+        """Put away what has ended, and keep the best of the rest."""
+        going: list[tuple[float, _Open]] = []
+        # The sort is stable: among equals the better text's, then the lower id, comes first.
+        for score, text in sorted(grown, key=lambda entry: -entry[0])[: self._reach()]:
+            token = text.ids[-1]
+            ended = token in self.stops or (self.should_stop is not None and self.should_stop(list(text.ids)))
+            if not ended and len(text.ids) < self.max_tokens:
+                going.append((score, text))
+            elif len(self._met_at_end(text)) == len(self.required):
+                value = text.total / len(text.ids) ** self.beams.length_penalty
+                self.finished[index].append(Hypothesis(text.ids, text.logprobs, value))
+        if not self.required:
+            return [text for _, text in going[: self.width]]
+        banks: dict[int, list[_Open]] = {}
+        for _, text in going:
+            banks.setdefault(self._progress(text), []).append(text)
+        # One from each bank in turn, those with most of the required tokens first.
+        in_turn = itertools.zip_longest(*(banks[progress] for progress in sorted(banks, reverse=True)))
+        return [text for turn in in_turn for text in turn if text is not None][: self.width]
+
+    def _reach(self) -> int | None:
+        """How many of the grown texts are looked at: with required words all, since they may be improbable."""
+        return None if self.required else 2 * self.width
+
+    def _met_at_end(self, text: _Open) -> frozenset[int]:
+        """The required words of a text that ends here: a word that was just spelled is over."""
+        if text.begun is not None and text.begun[1] == len(self._spelling(text, text.begun[0])):
+            return text.met | {text.begun[0]}
+        return text.met
+
+    def _progress(self, text: _Open) -> int:
+        done = sum(len(self.required[word].inside) for word in text.met)
+        return done + (text.begun[1] if text.begun is not None else 0)
+
+    def _read(self) -> None:
+        """Feed the last token of every text that goes on."""
+        texts = [text for group in self.groups for text in group]
+        if not texts:
+            return
+        state = self.engine.select_state(self.state, [text.place for text in texts])
+        ids_B = np.array([text.ids[-1] for text in texts], dtype=np.int64)
+        next_BV, self.state = self.engine.step(ids_B, state)
+        self.logits_BV = checked_logits(next_BV)
+        places = iter(range(len(texts)))
+        self.groups = [[replace(text, place=next(places)) for text in group] for group in self.groups]
