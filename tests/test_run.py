@@ -30,6 +30,7 @@ LAYERS = [
     {"data"},
     {"engine"},
     {"generate", "words", "score", "info", "progress"},
+    {"spelling"},
     {"recipe", "model", "plot"},
     {"optim", "adapt", "export"},
     {"train"},
