@@ -11,7 +11,7 @@ Shape letters: V vocabulary. Light floor: the network is whatever `Engine` is gi
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,16 +74,16 @@ class Cover:
     """nats, given the context"""
     surplus: bytes
     """what the last token spells beyond the end; it may stop inside a character"""
-    _state: EngineState
-    """before the last token is read"""
-    _logits: NDArray[np.float32] | None
+    state: EngineState
+    """before the last of `ids` is read; with no ids, after the context"""
+    logits: NDArray[np.float32] | None = None
     """(1, V) after all of them, where known"""
 
     def read(self, engine: Engine) -> tuple[NDArray[np.float32], EngineState]:
         """Give the logits (1, V) and the state after context and cover; it costs one step, each time."""
-        if self._logits is not None:
-            return self._logits, self._state
-        return engine.step(np.array(self.ids[-1:], dtype=np.int64), self._state)
+        if self.logits is not None:
+            return self.logits, self.state
+        return engine.step(np.array(self.ids[-1:], dtype=np.int64), self.state)
 
 
 @dataclass
@@ -153,6 +153,27 @@ def covers(
     """
     if not begun:
         return [Cover((), 0.0, b"", state, logits_1V)]
+
+    def read(id: int, state: EngineState) -> tuple[NDArray[np.float64], EngineState]:
+        next_1V, state = engine.step(np.array([id], dtype=np.int64), state)
+        return log_probs(engine, next_1V)[0], state
+
+    found, _ = search_covers(
+        read, index, state, log_probs(engine, logits_1V)[0], begun,
+        max_covers=max_covers, min_share=min_share, max_steps=max_steps,
+    )  # fmt: skip
+    return found
+
+
+def search_covers(
+    read: Callable[[int, EngineState], tuple[NDArray[np.float64], EngineState]], index: TokenIndex, state: EngineState,
+    log_probs_V: NDArray[np.float64], begun: bytes, *, max_covers: int, min_share: float, max_steps: int,
+) -> tuple[list[Cover], float]:  # fmt: skip
+    """Find the `covers` of at least one byte with whatever reads a token: id, state -> log-probabilities (V,), state.
+
+    Returns:
+        The best covers, and the log of the probability of all that were found; -inf if none.
+    """
     # known[n]: log of the probability, as far as found, that the text begins with the first n bytes.
     known = np.full(len(begun) + 1, -np.inf)
     known[0] = 0.0
@@ -169,43 +190,33 @@ def covers(
             best = max(range(len(nodes)), key=shares.__getitem__)
         node = nodes.pop(best)
         if node.ids:
-            logits_1V, state = engine.step(np.array(node.ids[-1:], dtype=np.int64), node.state)
+            log_probs_V, state = read(node.ids[-1], node.state)
             num_steps += 1
-        log_probs_V = log_probs(engine, logits_1V)[0] + node.logprob
         rest = begun[node.place :]
         ids_N = index.reaching(rest)
-        reached_N = log_probs_V[ids_N]
+        reached_N = log_probs_V[ids_N] + node.logprob
         possible_N = reached_N > -np.inf
         if possible_N.any():
             found.append((node, state, ids_N[possible_N], reached_N[possible_N]))
             known[node.place + 1 :] = np.logaddexp(known[node.place + 1 :], np.logaddexp.reduce(reached_N[possible_N]))
         for id, length in index.within(rest):
-            logprob = float(log_probs_V[id])
+            logprob = float(log_probs_V[id]) + node.logprob
             if logprob > -np.inf:
                 place = node.place + length
                 nodes.append(_Node((*node.ids, id), place, logprob, state))
                 known[node.place + 1 : place + 1] = np.logaddexp(known[node.place + 1 : place + 1], logprob)
-    return _best_covers(index, begun, found, max_covers)
-
-
-def _best_covers(
-    index: TokenIndex,
-    begun: bytes,
-    found: list[tuple[_Node, EngineState, NDArray[np.int64], NDArray[np.float64]]],
-    max_covers: int,
-) -> list[Cover]:
     if not found:
-        return []
+        return [], -math.inf
     logprobs_N = np.concatenate([reached_N for *_, reached_N in found])
-    ids_N = np.concatenate([ids_M for *_, ids_M, _ in found])
-    from_N = np.concatenate([np.full(len(ids_M), i) for i, (*_, ids_M, _) in enumerate(found)])
-    best: list[Cover] = []
+    all_ids_N = np.concatenate([ids_N for *_, ids_N, _ in found])
+    from_N = np.concatenate([np.full(len(ids_N), i) for i, (*_, ids_N, _) in enumerate(found)])
+    best_covers: list[Cover] = []
     for i in np.argsort(-logprobs_N, kind="stable")[:max_covers]:
         node, state, *_ = found[from_N[i]]
-        id = int(ids_N[i])
+        id = int(all_ids_N[i])
         surplus = index.token_bytes(id)[len(begun) - node.place :]
-        best.append(Cover((*node.ids, id), float(logprobs_N[i]), surplus, state, None))
-    return best
+        best_covers.append(Cover((*node.ids, id), float(logprobs_N[i]), surplus, state))
+    return best_covers, float(known[-1])
 
 
 def log_probs(engine: Engine, logits_BV: NDArray[np.float32]) -> NDArray[np.float64]:
