@@ -17,6 +17,7 @@ floor: it knows nothing of models, datasets or PyTorch.
 
 import codecs
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -47,6 +48,9 @@ _MIN_VOCAB_MEANS = {
     "word": f"a word, {UNK}",
     "char": "256 bytes",
 }
+# Where a piece of PATTERN surely begins, whatever stands further away or is written after it.
+_SURE_CUT = re.compile(r"(?<=\S)(?= )|(?<=[A-Za-z])(?=[!-@])|(?<=[!-@])(?=[A-Za-z])")
+_TAIL_CHARS = 256
 _MODELS = {"bpe": "BPE", "unigram": "Unigram", "word": "WordLevel", "char": "BPE"}
 _BATCH_LINES = 4096  # a backend's Encoding is many times the size of its ids; hold few at once
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(NUM_BYTES)}
@@ -199,6 +203,34 @@ class Tokenizer:
             encodings = self.backend.encode_batch_fast(batch, add_special_tokens=False)
             ids_of_lines.extend([*encoding.ids, self.eos_id] for encoding in encodings)
         return ids_of_lines
+
+    def last_piece(self, line: str) -> str | None:
+        """Give the end of a line, in NFC, that what is written after it could still change.
+
+        Tokens do not reach from piece to piece, so those before it are certain. It is a word with the space before it,
+        a group of digits, punctuation, or all white space at the end (the next word takes its last space); in kind
+        "word" a word, in kind "char" nothing.
+
+        Returns:
+            None where it does not begin in the last 256 characters of a longer line.
+
+        Raises:
+            UlimiError: the line holds a line end or a lone surrogate.
+        """
+        _check_line(line)
+        line = _NFC.normalize_str(line)
+        if self.kind == "char":
+            return ""
+        if self.kind == "word":
+            words = line.split()
+            return words[-1] if words and line.endswith(words[-1]) else ""
+        if len(line) > _TAIL_CHARS:
+            sure = _SURE_CUT.search(line, len(line) - _TAIL_CHARS)
+            if sure is None:
+                return None
+            line = line[sure.start() :]
+        pieces = self.backend.pre_tokenizer.pre_tokenize_str(line)
+        return line[pieces[-1][1][0] :] if pieces else ""
 
     def decode(self, ids: Iterable[int]) -> str:
         r"""Give the text of some ids; `eos_id` becomes "\n", bytes that are no UTF-8 become U+FFFD.
