@@ -287,7 +287,7 @@ def test_a_loss_that_is_not_finite_is_one_line(refused, tmp_path, corpus_dir, se
     (["--top-p", "0"], "top_p must be above 0"),
     (["--top-p", "1.5"], "top_p must be above 0 and at most 1"),
     (["--top-k", "-1"], "top_k must be a whole number"),
-    (["--stop", ""], "--stop ''"),
+    (["--stop", ""], "an empty stop string"),
     (["--num", "0"], "--num"),
     (["--max-tokens", "0"], "--max-tokens"),
     (["--seed", "-1"], "--seed"),

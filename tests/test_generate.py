@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from ulimi.engine import Engine, load_engine
 from ulimi.errors import UlimiError
-from ulimi.generate import Sampling, Step, filter_logits, generate, log_softmax, sample, score_prompt
+from ulimi.generate import Step, generate, score_prompt
+from ulimi.sampling import Sampling, filter_logits, log_softmax, sample
 
 INF = math.inf
 GREEDY = Sampling(temperature=0)
@@ -29,6 +30,7 @@ FakeState = tuple[tuple[int, ...], ...]  # what each row has seen
 class TableEngine:
     """Logits from `table[id before the last, last id]`; `fed` lists the ids of each call."""
 
+    alpha = 1.0
     batch_invariant = True
 
     def __init__(self, table_VVV: NDArray[np.float32]) -> None:

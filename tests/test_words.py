@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ulimi.tokenizer import KINDS, Tokenizer
-from ulimi.words import Word, WordWriter, group_words
+from ulimi.words import Ending, Word, WordWriter, group_words
 
 LINES = [
     "Ngiya eNingizimu Afrika ngoMsombuluko, 2026.",
@@ -33,7 +33,7 @@ def tokens(draw):
 
 def write(tokenizer, ids, stops=(), after=""):
     """Push all ids, each with a log-probability of its own; give the writer and what each call gave."""
-    writer = WordWriter(tokenizer, stops, after)
+    writer = WordWriter(tokenizer, Ending(stops=tuple(stops)), after)
     parts = [list(writer.push(token, -float(2**place))) for place, token in enumerate(ids)]
     return writer, [*parts, list(writer.flush())]
 
@@ -208,7 +208,7 @@ def test_only_what_could_still_become_a_stop_string_is_held_back():
 
 def test_after_a_stop_nothing_more_is_taken():
     tokenizer = TOKENIZERS["char"]
-    writer = WordWriter(tokenizer, [" b"])
+    writer = WordWriter(tokenizer, Ending(stops=(" b",)))
     words = [word for token in tokenizer.encode("a b c") for word in writer.push(token, -1.0)]
     assert writer.stopped
     assert [*words, *writer.flush()] == [Word("a", -1.0, 1)]

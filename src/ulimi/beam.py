@@ -71,7 +71,7 @@ class Hypothesis:
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """nats of each token under the model itself"""
+    """nats of each token under the model itself; and of the end, where that is no token of the text"""
     score: float
     """what it was ranked by: its log-probability after the rules, over its length to the power of the penalty"""
 
@@ -101,9 +101,11 @@ def beam_search(
     num: int = 1,
     stop_ids: Collection[int] = (),
     should_stop: Callable[[list[int]], bool] | None = None,
+    ends_before: Callable[[list[int]], NDArray[np.bool_] | None] | None = None,
     rules: Callable[[list[int]], Sequence[Rule]] | Sequence[Rule] = (),
     required: Sequence[Required] = (),
     ends_word_V: NDArray[np.bool_] | None = None,
+    line_ends: Collection[int] = (),
     starts: Sequence[Start] = (),
 ) -> list[Hypothesis]:
     """Find the `num` best texts, best first; fewer if the beam holds fewer.
@@ -118,9 +120,12 @@ def beam_search(
         num: the number of texts, at most that of the beams.
         stop_ids: a text ends with the first of these, which belongs to it.
         should_stop: told a text's ids without the prompt; it ends if it says so.
+        ends_before: told a text's ids, it gives the tokens, (V,), before any of which the text ends, without them; all
+            of them together are one ending, whose probability is their sum. None: no such token.
         rules: for all texts, or a function of a text's ids that gives its own; they see prompt and text.
         required: words that each text must hold; one group only.
         ends_word_V: tokens before which a word is over; needed with `required`.
+        line_ends: tokens after which a line starts; needed with `required`.
         starts: as in `ulimi.generate.generate`; the search begins with all of them.
 
     Raises:
@@ -137,7 +142,17 @@ def beam_search(
         raise UlimiError("required words go with one group of beams only")
     rules_of = rules if callable(rules) else lambda _: rules
     search = _Search(
-        engine, list(prompt_ids), beams, max_tokens, frozenset(stop_ids), should_stop, rules_of, required, ends_word_V
+        engine,
+        list(prompt_ids),
+        beams,
+        max_tokens,
+        frozenset(stop_ids),
+        should_stop,
+        ends_before,
+        rules_of,
+        required,
+        ends_word_V,
+        frozenset(line_ends),
     )
     search.begin(starts)
     while search.going():
@@ -161,13 +176,15 @@ class _Search:
         max_tokens: int,
         stops: frozenset[int],
         should_stop: Callable[[list[int]], bool] | None,
+        ends_before: Callable[[list[int]], NDArray[np.bool_] | None] | None,
         rules_of: Callable[[list[int]], Sequence[Rule]],
         required: Sequence[Required],
         ends_word_V: NDArray[np.bool_] | None,
+        line_ends: frozenset[int],
     ) -> None:
         self.engine, self.prompt, self.beams, self.max_tokens = engine, prompt, beams, max_tokens
-        self.stops, self.should_stop, self.rules_of = stops, should_stop, rules_of
-        self.required, self.ends_word_V = required, ends_word_V
+        self.stops, self.should_stop, self.ends_before, self.rules_of = stops, should_stop, ends_before, rules_of
+        self.required, self.ends_word_V, self.line_ends = required, ends_word_V, line_ends
         self.width = beams.num // beams.num_groups
         self.groups: list[list[_Open]] = []
         self.finished: list[list[Hypothesis]] = [[] for _ in range(beams.num_groups)]
@@ -196,13 +213,7 @@ class _Search:
 
     def step(self) -> None:
         """Let every text grow by a token."""
-        texts = [text for group in self.groups for text in group]
-        scores = {}
-        for text in texts:
-            row_1V = self.logits_BV[text.place : text.place + 1]
-            own_1V = log_probs(row_1V, self.engine.alpha)
-            rules = self.rules_of(list(text.ids))
-            scores[text.ids] = own_1V[0], apply_rules(own_1V, rules, [[*self.prompt, *text.ids]])[0]
+        scores = {text.ids: self._scores(text) for group in self.groups for text in group}
         chosen_V = np.zeros(self.engine.vocab_size)
         for index, group in enumerate(self.groups):
             if self._done(index):
@@ -211,6 +222,7 @@ class _Search:
             grown: list[tuple[float, _Open]] = []
             for text in group:
                 own_V, ruled_V = scores[text.ids]
+                ruled_V = self._end(text, own_V, ruled_V, index)
                 augmented_V = text.total + ruled_V - self.beams.diversity * chosen_V
                 for token in self._candidates(text, augmented_V):
                     if np.isfinite(ruled_V[token]):
@@ -220,6 +232,26 @@ class _Search:
             for text in self.groups[index]:
                 chosen_V[text.ids[-1]] += 1
         self._read()
+
+    def _scores(self, text: _Open) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Log-probabilities of the next token, (V,): the model's own, and what the rules leave of them."""
+        own_1V = log_probs(self.logits_BV[text.place : text.place + 1], self.engine.alpha)
+        rules = self.rules_of(list(text.ids))
+        return own_1V[0], apply_rules(own_1V, rules, [[*self.prompt, *text.ids]])[0]
+
+    def _end(
+        self, text: _Open, own_V: NDArray[np.float64], ruled_V: NDArray[np.float64], index: int
+    ) -> NDArray[np.float64]:
+        """Put the text away if it may end before the next token; give what may go on from it."""
+        ends_V = None if self.ends_before is None or not text.ids else self.ends_before(list(text.ids))
+        if ends_V is None or len(self._met_at_end(text)) < len(self.required):
+            return ruled_V
+        total = text.total + float(np.logaddexp.reduce(ruled_V[ends_V]))
+        if np.isfinite(total):
+            logprobs = (*text.logprobs, float(np.logaddexp.reduce(own_V[ends_V])))
+            value = total / len(logprobs) ** self.beams.length_penalty
+            self.finished[index].append(Hypothesis(text.ids, logprobs, value))
+        return np.where(ends_V, -np.inf, ruled_V)
 
     def results(self) -> list[Hypothesis]:
         """All that was finished, or cut off by the limit, best first; a text that several groups found comes once."""
@@ -242,7 +274,7 @@ class _Search:
     def _candidates(self, text: _Open, augmented_V: NDArray[np.float64]) -> list[int]:
         # As many again as the beam is wide, since some may end; and the next token of each required word.
         ids: list[int] = best_ids(augmented_V[None], min(2 * self.width, len(augmented_V)))[0].tolist()
-        at_start = ([*self.prompt, *text.ids])[-1] in self.stops
+        at_start = ([*self.prompt, *text.ids])[-1] in self.line_ends
         for word, required in enumerate(self.required):
             tokens = required.at_start if at_start else required.inside
             if word not in text.met:
@@ -255,7 +287,7 @@ class _Search:
         """The tokens of the required word that `text` has begun: which ones, what stands before them decides."""
         assert text.begun is not None
         before = [*self.prompt, *text.ids][: -text.begun[1]]
-        return self.required[word].at_start if before[-1] in self.stops else self.required[word].inside
+        return self.required[word].at_start if before[-1] in self.line_ends else self.required[word].inside
 
     def _grow(self, text: _Open, token: int, own: float, ruled: float) -> _Open:
         longer = replace(
@@ -271,7 +303,7 @@ class _Search:
             assert self.ends_word_V is not None
             if done == len(tokens) and self.ends_word_V[token]:
                 longer = replace(longer, met=longer.met | {word})
-        at_start = ([*self.prompt, *text.ids])[-1] in self.stops
+        at_start = ([*self.prompt, *text.ids])[-1] in self.line_ends
         for word, required in enumerate(self.required):
             if word not in longer.met and (required.at_start if at_start else required.inside)[0] == token:
                 return replace(longer, begun=(word, 1))

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ulimi.run import Run
     from ulimi.score import Score
     from ulimi.words import Word
+    from ulimi.writer import Writer
 
     Scorer = Callable[[Path, EncodedText, Callable[[int], None]], float]
     """a text file and its ids -> nats; told how many tokens are done"""
@@ -44,6 +46,8 @@ ModelOption = Annotated[Path, typer.Option("--model", "-m", metavar="RUN", help=
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 EngineOption = Annotated[str, typer.Option(help="auto, onnx (int8) or torch.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+
+TEMPERATURE = 0.7
 
 PROBABILITY_COLOURS = ((0.5, "green"), (0.1, "cyan"), (0.01, "yellow"), (0.001, "magenta"), (0.0, "red"))
 """a word at least this probable gets this colour"""
@@ -343,122 +347,181 @@ def score(
 @app.command()
 def generate(
     model: ModelOption,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]…", help="None: a new text.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="Texts a prompt.")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest text, in tokens after the prompt.")] = 100,
-    temperature: Annotated[float, typer.Option(help="Below 1 surer, above more varied, 0 the likeliest.")] = 0.7,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]…", help="None: a new text. It may end inside a word.")
+    ] = None,
+    prompts_from: Annotated[
+        str | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; - is standard input.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Texts a prompt; with --beams the best ones.")] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help=f"Below 1 surer, above more varied, 0 the likeliest ({TEMPERATURE}).")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Entmax: 1 = softmax … 2 = sparsemax (the model's own).")] = None,
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 = all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that hold this much; 1 = all.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
+    min_p: Annotated[
+        float, typer.Option(help="Choose among tokens at least so likely, the best being 1; 0 = all.")
+    ] = 0.0,
+    typical: Annotated[float, typer.Option(help="Choose among the most typical that hold this much; 1 = all.")] = 1.0,
+    contrastive: Annotated[
+        float | None, typer.Option(metavar="PENALTY", help="Contrastive search, 0 to 1, among --top-k tokens (5).")
+    ] = None,
+    beams: Annotated[int | None, typer.Option(help="Beam search of this width.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Groups of beams, kept apart by --diversity (1).")] = None,
+    diversity: Annotated[float | None, typer.Option(help="Nats a token loses that another group chose (0.5).")] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="Beams: 0 shortest, 1 mean log-probability, more: longer (1).")
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes unlikely.")] = 1.0,
+    no_repeat_ngram: Annotated[int, typer.Option(min=0, help="No n tokens in a row twice; 0 = off.")] = 0,
+    ban: Annotated[list[str] | None, typer.Option(metavar="WORD", help="Never this word; may be repeated.")] = None,
+    require: Annotated[
+        list[str] | None, typer.Option(metavar="WORD", help="With --beams: this word must come; may be repeated.")
+    ] = None,
+    end: Annotated[str, typer.Option(help="End at: never, paragraph (line end) or sentence.")] = "never",
     stop: Annotated[
         list[str] | None, typer.Option(help=r"End before this string (\n: line end); may be repeated.")
     ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest text, in tokens after the prompt.")] = 100,
+    max_words: Annotated[int, typer.Option(min=0, help="Longest text, in words; 0 = no limit.")] = 0,
+    max_chars: Annotated[int, typer.Option(min=0, help="Longest text, in characters; words stay whole.")] = 0,
+    min_tokens: Annotated[int, typer.Option(min=0, help="With --end: not before so many tokens.")] = 0,
+    min_words: Annotated[int, typer.Option(min=0, help="With --end: not before so many words.")] = 0,
+    min_chars: Annotated[int, typer.Option(min=0, help="With --end: not before so many characters.")] = 0,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Show how probable each word was.")] = False,
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Write text, whole words as they come."""
+    """Write text, whole words as they come: by sampling, beam search or contrastive search."""
     import secrets
 
+    from ulimi.beam import Beams
+    from ulimi.corpus import read_lines
     from ulimi.engine import load_engine
     from ulimi.run import open_run
     from ulimi.sampling import Sampling
+    from ulimi.words import Ending
+    from ulimi.writer import Writer, Writing
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    stops = [text.replace("\\n", "\n") for text in stop or []]
-    if "" in stops:
-        raise UlimiError("--stop '': an empty stop string would end every text at once")
-    run = open_run(model)
-    writer = load_engine(run, device, kind=engine)
-    if seed is None:
+    if prompts_from is not None and prompts:
+        raise UlimiError(f"prompts are given twice: {prompts[0]!r} and --prompts {prompts_from}; choose one")
+    beam_options = {"--groups": groups, "--diversity": diversity, "--length-penalty": length_penalty}
+    if beams is None and (given := [name for name, value in beam_options.items() if value is not None]):
+        raise UlimiError(f"{given[0]} goes with --beams")
+    searching = "--beams" if beams is not None else "--contrastive" if contrastive is not None else None
+    sampled = {
+        "--temperature": temperature is not None, "--alpha": alpha is not None, "--top-p": top_p != 1,
+        "--min-p": min_p != 0, "--typical": typical != 1, "--top-k": top_k != 0 and contrastive is None,
+        "--seed": seed is not None,
+    }  # fmt: skip
+    if searching and (given := [name for name, is_given in sampled.items() if is_given]):
+        raise UlimiError(f"{given[0]} is for sampling; {searching} chooses without chance: leave one of them out")
+    opened = open_run(model)
+    loaded = load_engine(opened, device, kind=engine)
+    writing = Writing(
+        sampling=Sampling(
+            temperature=TEMPERATURE if temperature is None else temperature,
+            alpha=loaded.alpha if alpha is None else alpha,
+            top_k=top_k, top_p=top_p, min_p=min_p, typical=typical,
+        ),
+        ending=Ending(
+            max_tokens=max_tokens, at=end, stops=tuple(text.replace("\\n", "\n") for text in stop or []),
+            max_words=max_words, max_chars=max_chars,
+            min_tokens=min_tokens, min_words=min_words, min_chars=min_chars,
+        ),
+        beams=None if beams is None else Beams(
+            num=beams, num_groups=groups or 1, diversity=0.5 if diversity is None else diversity,
+            length_penalty=1.0 if length_penalty is None else length_penalty,
+        ),
+        contrastive=contrastive, repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram,
+        banned=tuple(ban or []), required=tuple(require or []),
+    )  # fmt: skip
+    writer = Writer(loaded, opened.tokenizer, writing)
+    if seed is None and not searching:
         seed = secrets.randbelow(2**31)
         typer.echo(f"seed {seed}", err=True)
-    for index, prompt in enumerate(prompts or [""]):
+    lines = read_lines(prompts_from) if prompts_from is not None else prompts or [""]
+    for index, prompt in enumerate(lines):
         if index and not as_json:
             typer.echo("")
-        _generate_one(run, writer, prompt, sampling, num, max_tokens, seed, stops, probabilities, as_json)
+        _generate_one(writer, prompt, num, None if searching else seed, probabilities, as_json)
 
 
 def _generate_one(
-    run: "Run", engine: Any, prompt: str, sampling: Any, num: int, max_tokens: int, seed: int, stops: list[str],
-    probabilities: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Write the texts of one prompt: one as it comes, several each when it is complete."""
-    from ulimi.generate import generate as generate_ids
-    from ulimi.generate import score_prompt
-    from ulimi.words import WordWriter, group_words
-
-    tokenizer = run.tokenizer
-    # A space belongs to the token after it: the model would never follow a lone one with a word.
-    prompt = prompt.rstrip(" ")
-    # Every text starts after a line's end, and so does every prompt.
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
-    prompt_words: list[tuple[str, Word | None]] = [(prompt, None)]
-    if probabilities and prompt:
-        scored = group_words(tokenizer, [(step.id, step.logprob) for step in score_prompt(engine, ids)])
-        prompt_words = [(word.text, word) for word in scored]
-    writers = [WordWriter(tokenizer, stops, after=prompt) for _ in range(num)]
-    words: list[list[Word]] = [[] for _ in range(num)]
+    writer: "Writer", prompt: str, num: int, seed: int | None, probabilities: bool, as_json: bool
+) -> None:
+    """Write the texts of one prompt: one as it comes, several when they are complete."""
     streaming = num == 1 and not as_json
+    before = writer.prompt_words(prompt) if probabilities else []
+    begun = ""  # what is on the screen already of the first word
+
+    def show(word: "Word") -> None:
+        nonlocal begun
+        _echo_words([replace(word, text=word.text.removeprefix(begun))], probabilities)
+        begun = ""
+
     if streaming:
-        _echo_words(prompt_words, probabilities)
-    num_tokens = [0] * num
-    for step in generate_ids(
-        engine, ids, sampling=sampling, max_tokens=max_tokens, num=num, seed=seed,
-        should_stop=lambda row, _: writers[row].stopped,
-    ):  # fmt: skip
-        num_tokens[step.row] += 1
-        for word in writers[step.row].push(step.id, step.logprob):
-            words[step.row].append(word)
-            if streaming:
-                _echo_words([(word.text, word)], probabilities)
-    for row, writer in enumerate(writers):
-        cut_off = num_tokens[row] == max_tokens and not writer.stopped and writer.unfinished
-        rest = list(writer.flush())
-        if cut_off and (words[row] or len(rest) > 1):
-            # The limit fell inside a word, as far as anyone can tell: words come out whole.
-            rest.pop()
-        words[row].extend(rest)
-        if streaming:
-            _echo_words([(word.text, word) for word in rest], probabilities)
-            typer.echo("")
-        elif as_json:
+        if probabilities:
+            _echo_words(before, probabilities)
+        else:
+            typed = writer.split(prompt)
+            _echo_text(typed.prompt)
+            begun = typed.typed
+    texts = writer.write(prompt, num=num, seed=seed or 0, on_word=show if streaming else None)
+    if streaming:
+        typer.echo("")
+        return
+    for row, text in enumerate(texts):
+        if as_json:
             record: dict[str, Any] = {
-                "prompt": prompt,
-                "text": prompt + "".join(word.text for word in words[row]),
-                "seed": seed,
-                "index": row,
-                "nats": -sum(word.logprob for word in words[row]),
-                "num_tokens": sum(word.num_tokens for word in words[row]),
-            }
+                "prompt": text.prompt, "text": text.text, "seed": seed, "index": row, "nats": text.nats,
+                "num_tokens": text.num_tokens,
+            }  # fmt: skip
+            if text.score is not None:
+                record["score"] = text.score
             if probabilities:
                 record["words"] = [
                     {"text": word.text, "probability": math.exp(word.logprob), "num_tokens": word.num_tokens}
-                    for word in [*(known for _, known in prompt_words if known is not None), *words[row]]
+                    for word in [*before, *text.words]
                 ]
             typer.echo(json.dumps(record, ensure_ascii=False))
-        else:
-            if row:
-                typer.echo("")
-            _echo_words([*prompt_words, *((word.text, word) for word in words[row])], probabilities)
+            continue
+        if row:
             typer.echo("")
+        if text.score is not None:
+            typer.echo(f"{-text.nats:.2f}\t", nl=False)
+        if probabilities:
+            _echo_words([*before, *text.words], probabilities)
+        else:
+            _echo_text(text.text)
+        typer.echo("")
 
 
-def _echo_words(words: "Sequence[tuple[str, Word | None]]", probabilities: bool) -> None:
+def _echo_words(words: "Sequence[Word]", probabilities: bool) -> None:
     """Print words without a line end; with their probabilities, in colour on a terminal and in brackets elsewhere."""
-    for text, word in words:
-        if sys.stdout.isatty():
-            # A byte-level vocabulary holds every control character, ESC too.
-            text = text.translate(CONTROL_PICTURES)
-        if not probabilities or word is None or not text.strip():
-            typer.echo(text, nl=False)
+    for word in words:
+        if not probabilities or not word.text.strip():
+            _echo_text(word.text)
             continue
         p = math.exp(word.logprob)
         colour = next(name for least, name in PROBABILITY_COLOURS if p >= least)
+        text = _printable(word.text)
         body = text.lstrip()
         typer.echo(text[: len(text) - len(body)] + typer.style(body, fg=colour) + f"[{p:.2g}]", nl=False)
     sys.stdout.flush()
+
+
+def _echo_text(text: str) -> None:
+    typer.echo(_printable(text), nl=False)
+    sys.stdout.flush()
+
+
+def _printable(text: str) -> str:
+    """Show control characters on a terminal: a byte-level vocabulary holds every one of them, ESC too."""
+    return text.translate(CONTROL_PICTURES) if sys.stdout.isatty() else text
 
 
 @app.command()

@@ -180,6 +180,11 @@ class Tokenizer:
         write_text(run_dir / "tokenizer.json", self.to_str())
         write_json(run_dir / "tokenizer_config.json", config)
 
+    def normalize(self, text: str) -> str:
+        """Give a text as the model reads it: in NFC."""
+        normal: str = _NFC.normalize_str(text)
+        return normal
+
     def encode(self, text: str) -> list[int]:
         r"""Give the ids of a text; each "\n" becomes `eos_id`, and nothing is added at the end.
 

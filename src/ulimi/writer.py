@@ -1,0 +1,268 @@
+"""From a prompt to texts, by every strategy: the one place where strings, tokens and the network come together.
+
+A prompt may end anywhere, inside a word too: the text goes on from its letters (`ulimi.spelling`), whatever tokens they
+are. Light floor.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ulimi.beam import Beams, Required, beam_search
+from ulimi.engine import Engine
+from ulimi.errors import UlimiError
+from ulimi.generate import Start, Step, contrastive_search, generate, score_prompt
+from ulimi.sampling import NoRepeatNgram, RepetitionPenalty, Rule, Sampling
+from ulimi.spelling import TokenIndex, covers, split_prompt
+from ulimi.tokenizer import Tokenizer
+from ulimi.words import BannedWords, Ending, Word, WordWriter, begins_word, check_single_words, ends_word, group_words
+
+CONTRASTIVE_TOP_K = 5
+"""candidates of contrastive search where top_k is not given"""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How to write: by sampling, unless beams or contrastive search are asked for.
+
+    Raises:
+        UlimiError: values that are not allowed, or not together.
+    """
+
+    sampling: Sampling = field(default_factory=Sampling)
+    ending: Ending = field(default_factory=Ending)
+    beams: Beams | None = None
+    contrastive: float | None = None
+    """penalty of contrastive search, 0 to 1"""
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    """tokens; 0 = off"""
+    banned: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    """with beams only"""
+
+    def __post_init__(self) -> None:
+        if self.beams is not None and self.contrastive is not None:
+            raise UlimiError("beams and contrastive search are two ways to search; choose one")
+        if self.contrastive is not None and not 0 <= self.contrastive <= 1:
+            raise UlimiError(f"the contrastive penalty must be 0 to 1; got {self.contrastive!r}")
+        if self.required and self.beams is None:
+            raise UlimiError("required words need beam search: sampling cannot know beforehand where they fit")
+        if self.no_repeat_ngram < 0:
+            raise UlimiError(f"no_repeat_ngram must be 0 (off) or more; got {self.no_repeat_ngram}")
+        RepetitionPenalty(self.repetition_penalty)
+        check_single_words(self.banned, "a banned word")
+        check_single_words(self.required, "a required word")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a text goes on from."""
+
+    prompt: str
+    """in NFC"""
+    context: list[int]
+    """ids before the word that was begun"""
+    begun: bytes
+    """of that word; possibly none"""
+
+    @property
+    def typed(self) -> str:
+        """The text of what was begun."""
+        return self.begun.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was written."""
+
+    prompt: str
+    """in NFC"""
+    typed: str
+    """the end of the prompt with which the first word begins"""
+    words: tuple[Word, ...]
+    score: float | None = None
+    """of beam search"""
+
+    @property
+    def text(self) -> str:
+        """Prompt and what was written on from it."""
+        return self.prompt + self.written
+
+    @property
+    def written(self) -> str:
+        """What was written, without the prompt."""
+        return "".join(word.text for word in self.words)[len(self.typed) :]
+
+    @property
+    def nats(self) -> float:
+        """Of all words, given the prompt."""
+        return -sum(word.logprob for word in self.words)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all words."""
+        return sum(word.num_tokens for word in self.words)
+
+
+class Writer:
+    """Write texts with one model, in one way.
+
+    Args:
+        engine: the model.
+        tokenizer: its tokenizer.
+        writing: how.
+
+    Raises:
+        UlimiError: contrastive search on a model that has no outputs to compare.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, writing: Writing) -> None:
+        self._engine, self._tokenizer, self._writing = engine, tokenizer, writing
+        self._index = TokenIndex(tokenizer)
+        self._ends_word_V = ends_word(tokenizer)
+        self._begins_word_V = begins_word(tokenizer)
+        self._rules: list[Rule] = []
+        if writing.repetition_penalty != 1:
+            self._rules.append(RepetitionPenalty(writing.repetition_penalty))
+        if writing.no_repeat_ngram:
+            self._rules.append(NoRepeatNgram(writing.no_repeat_ngram))
+        if writing.banned:
+            self._rules.append(BannedWords(tokenizer, writing.banned, self._ends_word_V))
+        if writing.contrastive is not None:
+            engine.output(engine.initial_state(1))
+
+    def write(
+        self, prompt: str, *, num: int = 1, seed: int = 0, on_word: Callable[[Word], None] | None = None
+    ) -> list[Text]:
+        """Write on from a prompt.
+
+        Args:
+            prompt: any text, in any Unicode normal form; it may end inside a word.
+            num: texts; of a search the best ones, best first.
+            seed: of sampling: the same seed gives the same texts.
+            on_word: told each word of the first text as soon as it is certain; a search knows none before its end.
+
+        Raises:
+            UlimiError: the model rules the prompt out, or arguments that are not allowed.
+        """
+        beams = self._writing.beams
+        if beams is not None and num > beams.num:
+            raise UlimiError(f"a beam of {beams.num} gives 1 to {beams.num} texts; got {num}")
+        if self._writing.contrastive is not None and num != 1:
+            raise UlimiError(f"contrastive search finds one text; got {num} to find")
+        given = self.split(prompt)
+        prompt, typed, context = given.prompt, given.typed, given.context
+        starts = self._starts(given)
+        before = prompt[: len(prompt) - len(typed)]
+
+        def make() -> WordWriter:
+            return WordWriter(self._tokenizer, self._writing.ending, before, typed)
+
+        if beams is not None:
+            return self._search(beams, prompt, typed, context, starts, num, make)
+
+        writers = [make() for _ in range(num)]
+        words: list[list[Word]] = [[] for _ in range(num)]
+        num_tokens = [0] * num
+
+        def take(row: int, word: Word) -> None:
+            words[row].append(word)
+            if row == 0 and on_word is not None:
+                on_word(word)
+
+        for step in self._steps(context, starts, writers, num, seed):
+            num_tokens[step.row] += 1
+            for word in writers[step.row].push(step.id, step.logprob):
+                take(step.row, word)
+        for row, writer in enumerate(writers):
+            # The limit fell inside a word, as far as anyone can tell: words come out whole.
+            for word in writer.flush(cut_off=num_tokens[row] >= self._writing.ending.max_tokens):
+                take(row, word)
+        return [Text(prompt, typed, tuple(row)) for row in words]
+
+    def prompt_words(self, prompt: str) -> list[Word]:
+        """Give the words of a prompt that are certain to be whole, each with its probability after those before it."""
+        scored = [(step.id, step.logprob) for step in score_prompt(self._engine, self.split(prompt).context)]
+        return group_words(self._tokenizer, scored)
+
+    def split(self, prompt: str) -> "Prompt":
+        """Read a prompt: normalise it, and part the word that was begun from what stands before it."""
+        prompt = self._tokenizer.normalize(prompt)
+        return Prompt(prompt, *split_prompt(self._tokenizer, prompt))
+
+    def _starts(self, given: "Prompt") -> list[Start]:
+        if not given.begun:
+            return []
+        logits_1V, state = self._engine.prime(given.context, self._engine.initial_state(1))
+        found = covers(self._engine, self._index, state, logits_1V, given.begun)
+        if not found:
+            raise UlimiError(f"the model rules out how the prompt ends: {given.typed!r}")
+        return [Start(cover.ids, cover.logprob, cover.state) for cover in found]
+
+    def _steps(
+        self, context: list[int], starts: list[Start], writers: Sequence[WordWriter], num: int, seed: int
+    ) -> Iterator[Step]:
+        writing = self._writing
+
+        def stopped(row: int, _ids: list[int]) -> bool:
+            return writers[row].stopped
+
+        if writing.contrastive is not None:
+            return contrastive_search(
+                self._engine, context, penalty=writing.contrastive,
+                top_k=writing.sampling.top_k or CONTRASTIVE_TOP_K, max_tokens=writing.ending.max_tokens,
+                should_stop=stopped, rules=self._rules_for(writers[0]), starts=starts,
+            )  # fmt: skip
+        return generate(
+            self._engine, context, sampling=writing.sampling, max_tokens=writing.ending.max_tokens, num=num, seed=seed,
+            should_stop=stopped, rules=lambda row: self._rules_for(writers[row]), starts=starts,
+        )  # fmt: skip
+
+    def _rules_for(self, writer: WordWriter) -> list[Rule]:
+        if self._writing.ending.at == "never":
+            return self._rules
+
+        def not_yet(_ids: Sequence[int], logits_V: Any) -> None:
+            if not writer.long_enough:
+                logits_V[self._tokenizer.eos_id] = -float("inf")
+
+        return [*self._rules, not_yet]
+
+    def _search(
+        self, beams: Beams, prompt: str, typed: str, context: list[int], starts: list[Start], num: int,
+        make: Callable[[], WordWriter],
+    ) -> list[Text]:  # fmt: skip
+        ending = self._writing.ending
+
+        def read(ids: Sequence[int]) -> WordWriter:
+            writer = make()
+            for token in ids:
+                list(writer.push(token, 0.0))
+            return writer
+
+        found = beam_search(
+            self._engine, context, beams, max_tokens=ending.max_tokens, num=beams.num,
+            stop_ids=() if ending.at == "never" else (self._tokenizer.eos_id,),
+            should_stop=lambda ids: read(ids).stopped,
+            ends_before=lambda ids: self._begins_word_V if read(ids).ends_with_this_word else None,
+            rules=lambda ids: self._rules_for(read(ids)),
+            required=[self._required(word) for word in self._writing.required], ends_word_V=self._ends_word_V,
+            line_ends=(self._tokenizer.eos_id,),
+            starts=starts,
+        )  # fmt: skip
+        # Where the limit cuts a last word off, several hypotheses leave the same text.
+        texts: dict[str, Text] = {}
+        for hypothesis in found:
+            writer = make()
+            pairs = zip(hypothesis.ids, hypothesis.logprobs, strict=False)
+            words = [word for token, logprob in pairs for word in writer.push(token, logprob)]
+            words += writer.flush(cut_off=len(hypothesis.ids) >= ending.max_tokens)
+            text = Text(prompt, typed, tuple(words), hypothesis.score)
+            texts.setdefault(text.text, text)
+        return list(texts.values())[:num]
+
+    def _required(self, word: str) -> Required:
+        at_start = tuple(self._tokenizer.encode(word))
+        inside = tuple(self._tokenizer.encode(f" {word}")) if self._tokenizer.is_lossless else at_start
+        return Required(inside, at_start)
