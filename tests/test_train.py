@@ -63,7 +63,7 @@ def source(corpus, tmp_path_factory):
 def quick(monkeypatch):
     """Leave out what takes longer than the training itself."""
     monkeypatch.setattr("ulimi.train.plot_curve", lambda rows, path: path.touch())
-    monkeypatch.setattr("ulimi.train._commit", lambda: None)
+    monkeypatch.setattr("ulimi.provenance._commit", lambda: None)
 
 
 @pytest.fixture
