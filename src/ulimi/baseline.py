@@ -96,8 +96,8 @@ def make_ngram_run(
     score = Score.of(nats, len(valid_text.ids), valid_text.stats)
     num_ngrams = sum(engine.num_ngrams)
     note(
-        f"{len(train_text.ids):,} tokens of {tokenizer.vocab_size} ({tokenizer.kind}): {num_ngrams:,} n-grams up to order "
-        f"{order} in {seconds:.1f} s"
+        f"{len(train_text.ids):,} tokens of {tokenizer.vocab_size} ({tokenizer.kind}): {num_ngrams:,} n-grams up to "
+        f"order {order} in {seconds:.1f} s"
     )
     if engine.fallback_orders:
         note(

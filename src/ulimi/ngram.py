@@ -112,8 +112,8 @@ class NgramEngine:
     """`ulimi.engine.Engine` of an n-gram model.
 
     The state is, for each stream, the place in the trie of its last 1, 2, … order - 1 tokens, (B, K), NONE for those
-    that the training text does not have. An <eos> cuts it, so a text's lines have the same score alone and in a stream.
-    Everything is float64 inside.
+    that the training text does not have. Nothing reaches past an <eos>, so lines have the same score alone and in a
+    stream. Everything is float64 inside.
 
     Args:
         levels: of `count_ngrams`.
@@ -194,8 +194,8 @@ class NgramEngine:
         for k in range(1, self.order - 1):
             # The last k + 1 tokens are the k that ended a step earlier, and the one that is read.
             before_BT = np.concatenate([state_BK[:, None, k - 1], nodes_BTK[:, :-1, k - 1]], axis=1)
-            found_BT = self._find(k, before_BT, ids_BT)
-            nodes_BTK[..., k] = np.where(ids_BT == self.vocab_size - 1, NONE, found_BT)
+            # What ends in an <eos> has no successors, so nothing from before it reaches the next line.
+            nodes_BTK[..., k] = self._find(k, before_BT, ids_BT)
         return nodes_BTK
 
     def _find(self, level: int, contexts: NDArray[np.int64], words: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -235,7 +235,7 @@ def read_ngrams(path: Path) -> list[Level]:
     """
     levels: list[Level] = []
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             for n in range(1, len(arrays.files) // 3 + 1):
                 level = Level(*(arrays[f"{name}_{n}"] for name in ("num_successors", "words", "counts")))
                 num_contexts = len(levels[-1].words) if levels else 1
