@@ -364,9 +364,10 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine
 
 
 def _check_tokenizer(run: Run, vocab_size: int, name: str) -> None:
-    """Refuse a tokenizer of another network: its ids would be read without a word, and mean other text."""
+    """Refuse a tokenizer of another model: its ids would be read without a word, and mean other text."""
     if (run.dir / "tokenizer.json").is_file() and run.tokenizer.vocab_size != vocab_size:
+        model = "n-gram model" if run.is_ngram else "network"
         raise UlimiError(
-            f"{run.dir}: tokenizer.json has {run.tokenizer.vocab_size} tokens, the model of {name} {vocab_size}; "
+            f"{run.dir}: tokenizer.json has {run.tokenizer.vocab_size} tokens, the {model} of {name} {vocab_size}; "
             "they do not belong together"
         )
