@@ -217,6 +217,10 @@ def test_steps_windows_and_primes_agree(order):
         np.testing.assert_array_equal(logits_1V, engine.step(ids_BT[:, 18], engine.nll(
             ids_BT[:, :18], ids_BT[:, :18], engine.initial_state(3))[1])[0][row : row + 1])  # fmt: skip
         np.testing.assert_array_equal(primed, state[row : row + 1])
+    logits_BTV, after = engine.logits(ids_BT[:, :-1], engine.initial_state(3))
+    assert logits_BTV.dtype == np.float32
+    np.testing.assert_allclose(-np.take_along_axis(logits_BTV, ids_BT[:, 1:, None], axis=2)[..., 0], window, rtol=1e-6)
+    np.testing.assert_array_equal(after, state)
     with pytest.raises(ValueError, match="no ids"):
         engine.prime([], engine.initial_state(1))
 
@@ -251,6 +255,8 @@ def test_states_are_repeated_and_selected(engine):
     assert len({tuple(row) for row in state.tolist()}) == 3
     chosen = engine.select_state(state, [2, 0])
     np.testing.assert_array_equal(chosen, state[[2, 0]])
+    np.testing.assert_array_equal(engine.join_states([chosen, state[1:2]]), state[[2, 0, 1]])
+    assert "needs a network" in refusal(lambda: engine.output(state))
     repeated = engine.repeat_state(chosen[1:], 4)
     logits_BV, _ = engine.step(np.array([1, 1, 1, 1]), repeated)
     np.testing.assert_array_equal(logits_BV, np.repeat(engine.step(np.array([1] * 3), state)[0][:1], 4, axis=0))

@@ -120,6 +120,8 @@ class NgramEngine:
     """
 
     batch_invariant = True
+    alpha = 1.0
+    """its logits become probabilities by softmax: they are log-probabilities already"""
 
     def __init__(self, levels: Sequence[Level]) -> None:
         self.order = len(levels)
@@ -156,7 +158,7 @@ class NgramEngine:
     def step(self, ids_B: NDArray[np.int64], state: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Read one id a stream, (B,); give the log-probabilities of the next, (B, V)."""
         state = self._read(ids_B[:, None], state)[:, 0]
-        return np.log([self._distribution(nodes_K) for nodes_K in state]).astype(np.float32), state
+        return self._log_probabilities(state), state
 
     def prime(self, ids: Sequence[int], state: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Read several ids of one stream at once; give the log-probabilities after the last, (1, V)."""
@@ -179,6 +181,14 @@ class NgramEngine:
             p_BT = self._gammas[k + 1][contexts_BT] * p_BT + self._shares[k + 1][found_BT]
         return -np.log(p_BT).astype(np.float32), nodes_BTK[:, -1].copy()
 
+    def logits(
+        self, inputs_BT: NDArray[np.int64], state: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Read a window; give the log-probabilities after each id, (B, T, V)."""
+        nodes_BTK = self._read(inputs_BT, state)
+        logits_NV = self._log_probabilities(nodes_BTK.reshape(inputs_BT.size, -1))
+        return logits_NV.reshape(*inputs_BT.shape, -1), nodes_BTK[:, -1].copy()
+
     def repeat_state(self, state: NDArray[np.int64], n: int) -> NDArray[np.int64]:
         """Turn the state of one stream into that of `n` equal ones."""
         return state.repeat(n, axis=0)
@@ -186,6 +196,14 @@ class NgramEngine:
     def select_state(self, state: NDArray[np.int64], rows: Sequence[int]) -> NDArray[np.int64]:
         """Keep these rows of a batch, in this order."""
         return state[list(rows)]
+
+    def join_states(self, states: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+        """Put the states of several streams or batches together as one batch, in this order."""
+        return np.concatenate(states)
+
+    def output(self, state: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Refuse: there are no layers."""
+        raise UlimiError("an n-gram model has no hidden layer to compare contexts by; this needs a network")
 
     def _read(self, ids_BT: NDArray[np.int64], state_BK: NDArray[np.int64]) -> NDArray[np.int64]:
         """Give the state after each id, (B, T, K)."""
@@ -204,10 +222,17 @@ class NgramEngine:
         places = self._keys[level].searchsorted(keys)
         return np.where(self._keys[level][places] == keys, places, NONE)
 
-    def _distribution(self, nodes_K: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _log_probabilities(self, nodes_NK: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Give the log-probabilities of all tokens after several contexts, (N, V)."""
+        log_p_NV = np.empty((len(nodes_NK), self.vocab_size), dtype=np.float32)
+        for log_p_V, nodes_K in zip(log_p_NV, nodes_NK.tolist(), strict=True):
+            log_p_V[:] = np.log(self._distribution(nodes_K))
+        return log_p_NV
+
+    def _distribution(self, nodes_K: list[int]) -> NDArray[np.float64]:
         """Give the probabilities of all tokens after a context, (V,)."""
         p_V = self._unigrams_V.copy()
-        for level, node in enumerate(nodes_K.tolist(), start=1):
+        for level, node in enumerate(nodes_K, start=1):
             if node == NONE:  # nor is there a longer one
                 break
             begin, end = self._begins[level][node : node + 2].tolist()

@@ -33,7 +33,7 @@ from ulimi.optim import RunningAverage, learning_rate, make_optimizer, non_monot
 from ulimi.plot import plot_curve
 from ulimi.provenance import describe_machine, new_meta
 from ulimi.recipe import Recipe, build_recipe, changed_keys
-from ulimi.run import AWD_LSTM, CHECKPOINT, ONNX, WEIGHTS, Run, open_run
+from ulimi.run import CHECKPOINT, ONNX, WEIGHTS, Run, open_run
 from ulimi.score import Score, score_stream
 from ulimi.tokenizer import Tokenizer
 
@@ -442,7 +442,7 @@ class Trainer:
         self.tokenizer.save(self.run_dir)
         write_text(self.run_dir / "recipe.toml", self.recipe.to_toml())
         eos = self.tokenizer.eos_id
-        config = {"model_type": AWD_LSTM, "bos_token_id": eos, "eos_token_id": eos, AWD_LSTM: self.config}
+        config = {"model_type": "awd_lstm", "bos_token_id": eos, "eos_token_id": eos, "awd_lstm": self.config}
         write_json(self.run_dir / "config.json", config)
 
     def _append_metrics(self, row: dict[str, Any]) -> None:
