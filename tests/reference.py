@@ -8,6 +8,8 @@ numpy does the arithmetic; torch appears in `value_and_gradient` alone, for auto
     [Cache]    Grave, Joulin & Usunier 2016, Improving Neural Language Models with a Continuous Cache (arXiv 1612.04426)
     [Dynamic]  Krause, Kahembwe, Murray & Renals 2017, Dynamic Evaluation of Neural Sequence Models (arXiv 1709.07432)
     [AdamW]    Loshchilov & Hutter 2017, Decoupled Weight Decay Regularization (arXiv 1711.05101)
+    [KN]       Chen & Goodman 1999, An empirical study of smoothing techniques for language modeling
+    [KenLM]    Heafield, Pouzyrevsky, Clark & Koehn 2013, Scalable Modified Kneser-Ney Language Model Estimation
     [Clip]     Pascanu, Mikolov & Bengio 2012, On the difficulty of training Recurrent Neural Networks (arXiv 1211.5063)
 
 Shape letters, as suffixes: B streams, T time steps, V vocabulary, E embedding, H hidden, I input of a
@@ -18,7 +20,9 @@ numpy arrays go out. Masks hold 0 or 1 / (1 - p): whoever draws them has already
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -605,6 +609,71 @@ def dynamic_evaluation(
             for name in theta
         }
     return np.array(losses), theta
+
+
+# --- N-grams -----------------------------------------------------------------------------------------
+
+
+class KneserNey:
+    """Interpolated modified Kneser-Ney in fractions, by dictionaries of tuples [KN, sec. 3; KenLM, sec. 3].
+
+    Args:
+        lines: sentences of words, without "<s>" and "</s>".
+        words: everything that can be predicted, "</s>" included.
+        order: N.
+        fallback: discounts of an order whose counts of counts do not define any.
+    """
+
+    def __init__(
+        self, lines: Iterable[Sequence[str]], words: Sequence[str], order: int,
+        fallback: tuple[Fraction, Fraction, Fraction] = (Fraction(1, 2), Fraction(1), Fraction(3, 2)),
+    ) -> None:  # fmt: skip
+        self.words, self.order = words, order
+        occurrences: Counter[tuple[str, ...]] = Counter()
+        for line in lines:
+            sentence = ("<s>", *line, "</s>")
+            for end in range(1, len(sentence)):  # "<s>" is never predicted
+                for start in range(max(0, end - order + 1), end + 1):
+                    occurrences[sentence[start : end + 1]] += 1
+        self.adjusted: dict[tuple[str, ...], int] = {}
+        for gram, occurred in occurrences.items():
+            if len(gram) == order or gram[0] == "<s>":
+                self.adjusted[gram] = occurred
+            else:
+                self.adjusted[gram] = len({other[0] for other in occurrences if other[1:] == gram})
+        self.discounts: list[tuple[Fraction, ...]] = []
+        self.fallback_orders: list[int] = []
+        for n in range(1, order + 1):
+            number = Counter(a for gram, a in self.adjusted.items() if len(gram) == n)
+            try:
+                y = Fraction(number[1], number[1] + 2 * number[2])
+                found = tuple(a - (a + 1) * y * Fraction(number[a + 1], number[a]) for a in (1, 2, 3))
+                if not all(0 < d <= a for a, d in zip((1, 2, 3), found, strict=True)):
+                    raise ZeroDivisionError
+            except ZeroDivisionError:
+                found = fallback
+                self.fallback_orders.append(n)
+            self.discounts.append(found)
+
+    def probability(self, word: str, context: tuple[str, ...]) -> Fraction:
+        """Give p(word | context); of a context, the last N - 1 words count."""
+        context = context[len(context) - min(len(context), self.order - 1) :]
+        return self._interpolated(word, context)
+
+    def _interpolated(self, word: str, context: tuple[str, ...]) -> Fraction:
+        shorter = self._interpolated(word, context[1:]) if context else Fraction(1, len(self.words))
+        total, left_over = 0, Fraction(0)
+        for w in self.words:
+            a = self.adjusted.get((*context, w), 0)
+            total += a
+            left_over += self._discount(len(context) + 1, a)
+        if total == 0:
+            return shorter
+        a = self.adjusted.get((*context, word), 0)
+        return (a - self._discount(len(context) + 1, a) + left_over * shorter) / total
+
+    def _discount(self, n: int, a: int) -> Fraction:
+        return self.discounts[n - 1][min(a, 3) - 1] if a else Fraction(0)
 
 
 # --- Scores ------------------------------------------------------------------------------------------

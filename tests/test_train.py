@@ -63,7 +63,7 @@ def source(corpus, tmp_path_factory):
 def quick(monkeypatch):
     """Leave out what takes longer than the training itself."""
     monkeypatch.setattr("ulimi.train.plot_curve", lambda rows, path: path.touch())
-    monkeypatch.setattr("ulimi.train._commit", lambda: None)
+    monkeypatch.setattr("ulimi.provenance._commit", lambda: None)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def stop_after(num_steps):
 def script_validation(monkeypatch, losses):
     """Let the validation losses, in nats per token, be these."""
     left = iter(losses)
-    monkeypatch.setattr("ulimi.train.validation_nats", lambda model, ids, batch_size, eos_id: next(left) * len(ids))
+    monkeypatch.setattr("ulimi.train.validation_nats", lambda model, ids, *_, **__: next(left) * len(ids))
 
 
 def read_checkpoint(run_dir):
@@ -470,7 +470,7 @@ def test_the_average_is_what_is_validated(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr("ulimi.train.non_monotonic", lambda history, newest, n: len(history) == 0)
     seen = []
 
-    def measure(model, ids, batch_size, eos_id):
+    def measure(model, ids, batch_size, eos_id, alpha):
         seen.append(weights_of(model))
         return float(len(ids))
 

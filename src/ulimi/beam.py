@@ -86,10 +86,17 @@ class _Open:
     """log-probability after the rules"""
     place: int
     """row of the engine's batch"""
+    num_typed: int = 0
+    """tokens of its start but the last: they spell what was typed, and do not count"""
     met: frozenset[int] = frozenset()
     """required words that it has"""
     begun: tuple[int, int] | None = None
     """(required word, how many of its tokens stand at the end); all of them: it is met if the word ends here"""
+
+    @property
+    def length(self) -> int:
+        """Tokens that count."""
+        return len(self.ids) - self.num_typed
 
 
 def beam_search(
@@ -202,7 +209,10 @@ class _Search:
         last_B = np.array([start.ids[-1] for start in best], dtype=np.int64)
         next_BV, self.state = self.engine.step(last_B, self.engine.join_states([start.state for start in best]))
         self.logits_BV = checked_logits(next_BV)
-        texts = [_Open(start.ids, start.logprobs, start.logprob, place) for place, start in enumerate(best)]
+        texts = [
+            _Open(start.ids, start.logprobs, start.logprob, place, len(start.ids) - 1)
+            for place, start in enumerate(best)
+        ]
         self.groups = [
             self._choose([(text.total, text) for text in texts], group) for group in range(self.beams.num_groups)
         ]
@@ -249,7 +259,7 @@ class _Search:
         total = text.total + float(np.logaddexp.reduce(ruled_V[ends_V]))
         if np.isfinite(total):
             logprobs = (*text.logprobs, float(np.logaddexp.reduce(own_V[ends_V])))
-            value = total / len(logprobs) ** self.beams.length_penalty
+            value = total / (text.length + 1) ** self.beams.length_penalty
             self.finished[index].append(Hypothesis(text.ids, logprobs, value))
         return np.where(ends_V, -np.inf, ruled_V)
 
@@ -267,7 +277,7 @@ class _Search:
             return False
         # A log-probability can only fall: this is the highest score that any of the texts can still reach.
         penalty = self.beams.length_penalty
-        length = self.max_tokens if penalty > 0 else 1 + min(len(text.ids) for text in group)
+        length = self.max_tokens if penalty > 0 else 1 + min(text.length for text in group)
         best: float = max(text.total for text in group) / length**penalty
         return finished[self.width - 1] >= best
 
@@ -316,10 +326,10 @@ class _Search:
         for score, text in sorted(grown, key=lambda entry: -entry[0])[: self._reach()]:
             token = text.ids[-1]
             ended = token in self.stops or (self.should_stop is not None and self.should_stop(list(text.ids)))
-            if not ended and len(text.ids) < self.max_tokens:
+            if not ended and text.length < self.max_tokens:
                 going.append((score, text))
             elif len(self._met_at_end(text)) == len(self.required):
-                value = text.total / len(text.ids) ** self.beams.length_penalty
+                value = text.total / text.length**self.beams.length_penalty
                 self.finished[index].append(Hypothesis(text.ids, text.logprobs, value))
         if not self.required:
             return [text for _, text in going[: self.width]]

@@ -44,7 +44,7 @@ app = typer.Typer(
 
 ModelOption = Annotated[Path, typer.Option("--model", "-m", metavar="RUN", help="The run folder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-EngineOption = Annotated[str, typer.Option(help="auto, onnx (int8) or torch.")]
+EngineOption = Annotated[str, typer.Option(help="auto, onnx (int8) or torch; an n-gram model has none.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 TEMPERATURE = 0.7
@@ -144,6 +144,8 @@ def train(
     if resume and init_from is not None:
         raise UlimiError("--resume continues the run in --out, which remembers where it started: leave out --init-from")
     source = open_run(init_from) if init_from is not None else None
+    if source is not None:
+        source.need_network("--init-from")
     overrides = settings or []
     if source is not None and not new_tokenizer and any(text.startswith("tokenizer.") for text in overrides):
         raise UlimiError("--init-from keeps that run's tokenizer: tokenizer settings need --new-tokenizer")
@@ -192,6 +194,32 @@ def train(
 
 
 @app.command()
+def ngram(
+    corpus: Annotated[
+        Path, typer.Argument(help="A folder with train.txt, valid.txt, test.txt, or one text file (split 90/5/5).")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The run folder to make.")],
+    order: Annotated[int, typer.Option(help="Tokens of the longest n-grams.")] = 6,
+    tokenizer_from: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Take this run's tokenizer, to stand beside its model.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Else train one: bpe (default), unigram, word or char;")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="of this many tokens (4000; words and characters: all of them);")
+    ] = None,
+    min_frequency: Annotated[int | None, typer.Option(help="of what occurs at least as often (1).")] = None,
+) -> None:
+    """Make an n-gram model of a corpus, the baseline, and leave it in a run folder that every command takes."""
+    from ulimi.baseline import TokenizerSettings, make_ngram_run
+    from ulimi.info import score_text
+
+    settings = TokenizerSettings(tokenizer_from, kind, vocab_size, min_frequency)
+    score = make_ngram_run(corpus, out, order=order, settings=settings, note=lambda text: typer.echo(text, err=True))
+    typer.echo(f"validation: {score_text(score.as_dict())}")
+    typer.echo(f"the model is in {out}; try: ulimi evaluate FILE -m {out} --stateless")
+
+
+@app.command()
 def evaluate(
     files: Annotated[list[Path], typer.Argument(help="Text files, plain, .gz or .zst.")],
     model: ModelOption,
@@ -233,6 +261,7 @@ def evaluate(
     scorer: Scorer
     if cache or dynamic:
         _need_training_extra()
+        run.need_network("--cache" if cache else "--dynamic")
         from ulimi.adapt import Cache, Dynamic
 
         scorer = _adaptive_scorer(
@@ -241,7 +270,7 @@ def evaluate(
             Dynamic(**dynamic_settings) if dynamic else None,
         )  # fmt: skip
     else:
-        scorer = _static_scorer(run, load_engine(run, device, kind=_engine_for_figures(engine)), stateless)
+        scorer = _static_scorer(run, load_engine(run, device, kind=_engine_for_figures(run, engine)), stateless)
     rows: list[tuple[str, Score]] = []
     for path in files:
         with counting(f"reading {path}") as on_tokens:
@@ -269,9 +298,9 @@ def _settings_of(switch: str, on: bool, **given: float | None) -> dict[str, Any]
     return known
 
 
-def _engine_for_figures(engine: str) -> str:
+def _engine_for_figures(run: "Run", engine: str) -> str:
     """A figure is that of the weights where they can be run: how their int8 copy rounds depends on the whole batch."""
-    return "torch" if engine == "auto" and find_spec("torch") is not None else engine
+    return "torch" if engine == "auto" and not run.is_ngram and find_spec("torch") is not None else engine
 
 
 def _static_scorer(run: "Run", engine: "Engine", stateless: bool) -> "Scorer":
@@ -326,7 +355,7 @@ def score(
     from ulimi.score import score_lines
 
     run = open_run(model)
-    scorer = load_engine(run, device, kind=_engine_for_figures(engine))
+    scorer = load_engine(run, device, kind=_engine_for_figures(run, engine))
     num_unknown = 0
     # Who types lines wants each answer at once; a file is faster in batches.
     at_once = 1 if file == "-" and sys.stdin.isatty() else 256
@@ -456,12 +485,12 @@ def _generate_one(
     """Write the texts of one prompt: one as it comes, several when they are complete."""
     streaming = num == 1 and not as_json
     before = writer.prompt_words(prompt) if probabilities else []
-    begun = ""  # what is on the screen already of the first word
+    shown = 0  # characters of the first words that are on the screen already
 
     def show(word: "Word") -> None:
-        nonlocal begun
-        _echo_words([replace(word, text=word.text.removeprefix(begun))], probabilities)
-        begun = ""
+        nonlocal shown
+        _echo_words([replace(word, text=word.text[shown:])], probabilities)
+        shown = max(0, shown - len(word.text))
 
     if streaming:
         if probabilities:
@@ -469,7 +498,7 @@ def _generate_one(
         else:
             typed = writer.split(prompt)
             _echo_text(typed.prompt)
-            begun = typed.typed
+            shown = len(typed.typed)
     texts = writer.write(prompt, num=num, seed=seed or 0, on_word=show if streaming else None)
     if streaming:
         typer.echo("")
@@ -539,6 +568,7 @@ def export(
     from ulimi.run import open_run
 
     opened = open_run(run)
+    opened.need_network("ulimi export")
     valid_path = valid or opened.text_path("valid")
     if valid_path is None:
         raise UlimiError(f"{run}: its validation text is not where it was: name it with --valid")
@@ -557,7 +587,9 @@ def info(
 
     opened = open_run(run)
     if as_json:
-        facts = {**opened.meta, "config": opened.config, "recipe": opened.recipe, "metrics": opened.metrics()}
+        facts = {**opened.meta, "config": opened.config}
+        if not opened.is_ngram:
+            facts |= {"recipe": opened.recipe, "metrics": opened.metrics()}
         typer.echo(json.dumps(facts, ensure_ascii=False))
         return
     rows = summary(opened)

@@ -2,7 +2,7 @@
 
 `Engine` is what the light floor knows of a network: generating and scoring need nothing else. `OnnxEngine` runs
 model.onnx on ONNX Runtime; `TorchEngine` runs the weights on PyTorch. Each is imported where an engine is made, not
-before.
+before. `ulimi.ngram.NgramEngine` is a model without a network.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from ulimi.distribution import log_probs, smoothed_nats
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_path
-from ulimi.run import ONNX, WEIGHTS, Run
+from ulimi.ngram import NgramEngine, read_ngrams
+from ulimi.run import NGRAMS, ONNX, WEIGHTS, Run
 
 if TYPE_CHECKING:
     import torch
@@ -384,7 +385,7 @@ def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
 
 
 def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine:
-    """Make an engine for a run.
+    """Make an engine for a run: of a network, or, whatever runs elsewhere, of an n-gram model.
 
     Args:
         run: with weights.
@@ -398,6 +399,14 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine
     """
     if kind not in ENGINES:
         raise UlimiError(f"--engine {kind}: allowed: {', '.join(ENGINES)}")
+    if run.is_ngram:
+        if kind != "auto":
+            run.need_network(f"--engine {kind}")
+        if device not in ("auto", "cpu"):
+            raise UlimiError(f"--device {device}: an n-gram model is computed on the CPU; allowed: auto, cpu")
+        ngram_engine = NgramEngine(read_ngrams(run.dir / NGRAMS))
+        _check_tokenizer(run, ngram_engine.vocab_size, NGRAMS)
+        return ngram_engine
     if kind == "onnx" and device not in ("auto", "cpu"):
         raise UlimiError(f"--device {device}: --engine onnx computes on the CPU; allowed with it: auto, cpu")
     path = run.dir / ONNX
@@ -430,9 +439,10 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine
 
 
 def _check_tokenizer(run: Run, vocab_size: int, name: str) -> None:
-    """Refuse a tokenizer of another network: its ids would be read without a word, and mean other text."""
+    """Refuse a tokenizer of another model: its ids would be read without a word, and mean other text."""
     if (run.dir / "tokenizer.json").is_file() and run.tokenizer.vocab_size != vocab_size:
+        model = "n-gram model" if run.is_ngram else "network"
         raise UlimiError(
-            f"{run.dir}: tokenizer.json has {run.tokenizer.vocab_size} tokens, the network of {name} {vocab_size}; "
+            f"{run.dir}: tokenizer.json has {run.tokenizer.vocab_size} tokens, the {model} of {name} {vocab_size}; "
             "they do not belong together"
         )

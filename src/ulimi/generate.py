@@ -71,7 +71,7 @@ def generate(
         engine: the model.
         prompt_ids: at least one id; all are fed to the model, each once. What starts a line is the caller's to add.
         sampling: how the next token is chosen.
-        max_tokens: the most tokens that a row may get, 1 or more.
+        max_tokens: the most tokens that a row may get, 1 or more; a start counts as one, however it is spelled.
         num: the number of rows, 1 or more.
         seed: 0 or more.
         stop_ids: a row ends with the first of these; it is yielded too.
@@ -177,17 +177,19 @@ def _generate(
 ) -> Iterator[Step]:
     rngs = [np.random.default_rng([seed, row]) for row in range(num)]
     texts: list[list[int]] = [[] for _ in range(num)]
+    limits = [max_tokens] * num
     live = list(range(num))  # live[b] is the row that stands at place b of the batch
 
     def goes_on(row: int) -> bool:
         ids = texts[row]
         ended = ids[-1] in stops or (should_stop is not None and should_stop(row, list(ids)))
-        return not ended and len(ids) < max_tokens
+        return not ended and len(ids) < limits[row]
 
     if starts:
         going: list[Start] = []
         starts = given_what_was_typed(starts)
         for row, start in enumerate(_choose_starts(starts, sampling, rngs)):
+            limits[row] += len(start.ids) - 1
             for token, logprob in zip(start.ids, start.logprobs, strict=True):
                 texts[row].append(token)
                 yield Step(row, token, logprob)
@@ -274,8 +276,8 @@ def _contrastive(
     for token in [*prompt, *begun]:
         logits_1V, state = engine.step(np.array([token], dtype=np.int64), state)
         outputs.append(_unit(engine.output(state)))
-    given = list(zip(begun, () if start is None else start.logprobs, strict=True))
-    for token, logprob in given[:max_tokens]:
+    max_tokens += max(0, len(begun) - 1)
+    for token, logprob in zip(begun, () if start is None else start.logprobs, strict=True):
         text.append(token)
         yield Step(0, token, logprob)
         if token in stops or (should_stop is not None and should_stop(0, list(text))):

@@ -22,20 +22,35 @@ def summary(run: Run) -> list[tuple[str, str]]:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     meta, config = run.meta, run.config
-    data, training = meta["data"], meta.get("training", {})
-    metrics = run.metrics()
+    data = meta["data"]
     rows = [
         ("run", str(run.dir)),
         ("made by", f"ulimi {meta['ulimi']}" + (f" ({meta['commit']})" if meta.get("commit") else "")),
         ("created", meta["created"]),
         ("machine", f"{meta['machine']['cpu']}, {meta['machine']['device']}, threads: {meta['machine']['threads']}"),
-        ("network", f"AWD-LSTM, {meta['num_parameters'] / 1e6:.1f}M parameters: embedding {config['embedding_size']}, "
-                    f"{config['num_layers']} layers of {config['hidden_size']}"
-                    + (", tied" if config["tie_weights"] else "")),
+        ("model" if run.is_ngram else "network", _ngram_text(meta, config) if run.is_ngram else
+            f"AWD-LSTM, {meta['num_parameters'] / 1e6:.1f}M parameters: embedding {config['embedding_size']}, "
+            f"{config['num_layers']} layers of {config['hidden_size']}" + (", tied" if config["tie_weights"] else "")),
         ("tokenizer", f"{run.tokenizer.kind}, {run.tokenizer.vocab_size} tokens"),
         ("trained on", _text(data["train"])),
         ("validated on", _text(data["valid"])),
     ]  # fmt: skip
+    rows += [] if run.is_ngram else _training_facts(run)
+    for name, score in meta.get("scores", {}).items():
+        rows.append((f"score, {name}", score_text(score)))
+    return rows
+
+
+def _ngram_text(meta: dict[str, Any], config: dict[str, Any]) -> str:
+    text = f"modified Kneser-Ney of order {config['order']}, {sum(meta['num_ngrams']) / 1e6:.1f}M n-grams"
+    if orders := meta["fallback_orders"]:
+        text += f"; the text is too small for its own discounts at order {', '.join(map(str, orders))}"
+    return text
+
+
+def _training_facts(run: Run) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    meta, metrics = run.meta, run.metrics()
     if meta.get("init_from"):
         rows.append(("started from", meta["init_from"]))
     if metrics:
@@ -44,11 +59,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             ("training", f"{len(metrics)} epochs in {metrics[-1]['seconds'] / 60:.1f} min, best {best['epoch']}")
         )
         rows.append(("curve", curve([row["valid_bits_per_char"] for row in metrics])))
-    rows.append(("state", "finished" if training else "not finished: continue with ulimi train … --resume"))
+    rows.append(("state", "finished" if meta.get("training") else "not finished: continue with ulimi train … --resume"))
     if onnx := meta.get("onnx"):
         rows.append(("without torch", f"model.onnx, {onnx['kind']}, {onnx['num_bytes'] / 1e6:.1f} MB"))
-    for name, score in meta.get("scores", {}).items():
-        rows.append((f"score, {name}", score_text(score)))
     return rows
 
 
@@ -77,7 +90,14 @@ def curve(values: list[float], width: int = 40) -> str:
 def model_card(run: Run) -> str:
     """Write the README.md of a run folder."""
     table = "\n".join(f"| {name} | {value} |" for name, value in summary(run))
-    recipe = (run.dir / "recipe.toml").read_text(encoding="utf-8").strip()
+    if run.is_ngram:
+        what, made_of = "An interpolated modified Kneser-Ney n-gram model (Chen & Goodman 1999) counted", "n-grams"
+        pictured = recipe = ""
+    else:
+        what, made_of = "An AWD-LSTM language model (Merity, Keskar & Socher 2017) trained", "weights"
+        pictured = "\n![validation and training loss](curve.png)\n"
+        toml = (run.dir / "recipe.toml").read_text(encoding="utf-8").strip()
+        recipe = f"\n## Recipe\n\n```toml\n{toml}\n```\n"
     return f"""---
 library_name: ulimi
 pipeline_tag: text-generation
@@ -85,14 +105,12 @@ pipeline_tag: text-generation
 
 # {run.dir.resolve().name}
 
-An AWD-LSTM language model (Merity, Keskar & Socher 2017) trained with ulimi.
+{what} with ulimi.
 
 | | |
 |---|---|
 {table}
-
-![validation and training loss](curve.png)
-
+{pictured}
 Bits per character count every code point of the original text and one newline a line.
 
 ## Use
@@ -101,14 +119,8 @@ Bits per character count every code point of the original text and one newline a
 ulimi generate -m {run.dir} "…"
 ulimi evaluate FILE -m {run.dir}
 ```
-
-## Recipe
-
-```toml
 {recipe}
-```
-
-The text that a model was trained on decides what may be done with its weights: see to it that its licence allows what
+The text that a model was trained on decides what may be done with its {made_of}: see to it that its licence allows what
 you intend.
 """
 

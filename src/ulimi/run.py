@@ -1,6 +1,6 @@
 """The run folder: the one thing that passes between commands.
 
-    config.json            the network's sizes and dropouts
+    config.json            the network's sizes and dropouts, or the n-gram model's order
     recipe.toml            every setting of the training
     tokenizer.json, tokenizer_config.json
     model.safetensors      best weights (averaged ones, once averaging has begun)
@@ -10,6 +10,8 @@
     meta.json              format and package version, commit, machine, data, scores
     curve.png, README.md   for people: the curve, the model card
     corpus/                the splits, where one text file was given
+
+The run of an n-gram model has ngram.npz, its counts, in place of recipe.toml, the weights, and what training leaves.
 
 Light floor: reading a run folder needs no torch.
 """
@@ -30,7 +32,11 @@ FORMAT = 1
 
 WEIGHTS = "model.safetensors"
 ONNX = "model.onnx"
+NGRAMS = "ngram.npz"
 CHECKPOINT = Path("last") / "checkpoint.safetensors"
+
+AWD_LSTM, NGRAM = "awd_lstm", "ngram"
+"""the model types of config.json"""
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,28 @@ class Run:
     meta: dict[str, Any]
 
     @cached_property
+    def _config(self) -> dict[str, Any]:
+        return _read_json(self.dir / "config.json")
+
+    @property
+    def is_ngram(self) -> bool:
+        """Whether the model is an n-gram model; if not, it is a network."""
+        # A folder may hold a graph alone, and no config.json.
+        return (self.dir / "config.json").is_file() and self._config.get("model_type") == NGRAM
+
+    def need_network(self, what: str) -> None:
+        """Refuse an n-gram model, on behalf of an option or a command that looks inside a network."""
+        if self.is_ngram:
+            raise UlimiError(
+                f"{what}: {self.dir} holds an n-gram model; this needs a network, as `ulimi train` makes it"
+            )
+
+    @property
     def config(self) -> dict[str, Any]:
-        """The keyword arguments of the network."""
-        config = _read_json(self.dir / "config.json").get("awd_lstm")
+        """The keyword arguments of the network; of an n-gram model, its order."""
+        config = self._config.get(NGRAM if self.is_ngram else AWD_LSTM)
         if not isinstance(config, dict):
-            raise UlimiError(f"{self.dir}/config.json: describes no AWD-LSTM")
+            raise UlimiError(f"{self.dir}/config.json: describes no AWD-LSTM and no n-gram model")
         return config
 
     @cached_property
@@ -66,6 +89,7 @@ class Run:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The settings, as the TOML holds them."""
+        self.need_network("recipe.toml")
         path = self.dir / "recipe.toml"
         try:
             return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -75,6 +99,7 @@ class Run:
     @property
     def weights_path(self) -> Path:
         """The best weights; an error if no epoch has ended yet."""
+        self.need_network(WEIGHTS)
         path = self.dir / WEIGHTS
         if not path.is_file():
             raise UlimiError(f"{self.dir}: no {WEIGHTS} yet; the first epoch of its training has not ended")

@@ -181,7 +181,12 @@ class Tokenizer:
         write_json(run_dir / "tokenizer_config.json", config)
 
     def normalize(self, text: str) -> str:
-        """Give a text as the model reads it: in NFC."""
+        """Give a text as the model reads it: in NFC.
+
+        Raises:
+            UlimiError: the text holds a lone surrogate.
+        """
+        _check_unicode(text)
         normal: str = _NFC.normalize_str(text)
         return normal
 
@@ -351,10 +356,14 @@ def _check_sizes(kind: str, vocab_size: int | None, min_frequency: int) -> None:
 def _check_line(line: str) -> None:
     if "\n" in line:
         raise UlimiError(f"a line holds a line end: {line[:40]!r}; lines are given without theirs")
+    _check_unicode(line)
+
+
+def _check_unicode(text: str) -> None:
     try:
-        line.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise UlimiError(f"the text holds a lone surrogate, U+{ord(line[error.start]):04X}; it is no Unicode") from None
+        raise UlimiError(f"the text holds a lone surrogate, U+{ord(text[error.start]):04X}; it is no Unicode") from None
 
 
 def _checked_training_lines(lines: Iterable[str]) -> Iterator[str]:

@@ -7,14 +7,11 @@ to a `Reporter`.
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-import ulimi
 from ulimi.corpus import Corpus, read_lines
-from ulimi.data import EncodedText, Ids, Windows, encode_file, make_streams, validation_rows
+from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.export import describe_export, export_onnx
@@ -35,8 +31,9 @@ from ulimi.loss import target_nats, training_loss
 from ulimi.model import AWDLSTM, State, detach_state
 from ulimi.optim import RunningAverage, learning_rate, make_optimizer, non_monotonic
 from ulimi.plot import plot_curve
+from ulimi.provenance import describe_machine, new_meta
 from ulimi.recipe import Recipe, build_recipe, changed_keys
-from ulimi.run import CHECKPOINT, FORMAT, ONNX, WEIGHTS, Run, open_run
+from ulimi.run import CHECKPOINT, ONNX, WEIGHTS, Run, open_run
 from ulimi.score import Score, score_stream
 from ulimi.tokenizer import Tokenizer
 
@@ -431,23 +428,10 @@ class Trainer:
         return f"{self.train_text.digest} {self.valid_text.digest}"
 
     def _new_meta(self, corpus: Corpus, init_from: Run | None) -> dict[str, Any]:
-        def describe(path: Path, text: EncodedText) -> dict[str, Any]:
-            return {"path": str(path.resolve()), "num_tokens": len(text.ids), **asdict(text.stats)}
-
         return {
-            "format": FORMAT,
-            "ulimi": ulimi.__version__,
-            "commit": _commit(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": describe_machine(self.device),
+            **new_meta(corpus, self.train_text, self.valid_text, describe_device(self.device)),
             "init_from": None if init_from is None else str(init_from.dir.resolve()),
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
-            "data": {
-                "train": describe(corpus.train_path, self.train_text),
-                "valid": describe(corpus.valid_path, self.valid_text),
-                "report": corpus.report,
-            },
-            "scores": {},
         }
 
     def _write_static_files(self) -> None:
@@ -544,6 +528,8 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
         raise UlimiError(f"--out {run_dir}: is a file; a run is a folder")
     if init_from is not None and run_dir.exists() and run_dir.resolve() == init_from.dir.resolve():
         raise UlimiError(f"--out {run_dir} is the run that --init-from names; it would be overwritten")
+    if init_from is not None:
+        init_from.need_network("--init-from")
     has_run = (run_dir / CHECKPOINT).is_file()
     if resume:
         if not has_run:
@@ -635,40 +621,10 @@ def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
                 parameter.copy_(old)
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Name what a figure was measured on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    except OSError:
-        pass
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this source tree, if it is one, and not a copy inside somebody else's."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=here.parent, capture_output=True, text=True, timeout=5, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)
-        return git("describe", "--always", "--dirty")
-    except (OSError, subprocess.SubprocessError):
-        return None
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Name what a figure was measured on, PyTorch included."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {**describe_machine(torch.get_num_threads(), name), "torch": torch.__version__}
 
 
 def _open_tensorboard(log_dir: Path) -> Any:

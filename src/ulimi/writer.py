@@ -164,7 +164,6 @@ class Writer:
 
         writers = [make() for _ in range(num)]
         words: list[list[Word]] = [[] for _ in range(num)]
-        num_tokens = [0] * num
 
         def take(row: int, word: Word) -> None:
             words[row].append(word)
@@ -172,12 +171,11 @@ class Writer:
                 on_word(word)
 
         for step in self._steps(context, starts, writers, num, seed):
-            num_tokens[step.row] += 1
             for word in writers[step.row].push(step.id, step.logprob):
                 take(step.row, word)
         for row, writer in enumerate(writers):
-            # The limit fell inside a word, as far as anyone can tell: words come out whole.
-            for word in writer.flush(cut_off=num_tokens[row] >= self._writing.ending.max_tokens):
+            # It was the limit that ended the text, inside a word as far as anyone can tell: words come out whole.
+            for word in writer.flush(cut_off=True):
                 take(row, word)
         return [Text(prompt, typed, tuple(row)) for row in words]
 
@@ -257,7 +255,8 @@ class Writer:
             writer = make()
             pairs = zip(hypothesis.ids, hypothesis.logprobs, strict=False)
             words = [word for token, logprob in pairs for word in writer.push(token, logprob)]
-            words += writer.flush(cut_off=len(hypothesis.ids) >= ending.max_tokens)
+            # One that ended before a token, which it does not hold, has a log-probability more than ids.
+            words += writer.flush(cut_off=len(hypothesis.logprobs) == len(hypothesis.ids))
             text = Text(prompt, typed, tuple(words), hypothesis.score)
             texts.setdefault(text.text, text)
         return list(texts.values())[:num]

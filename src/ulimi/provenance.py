@@ -1,0 +1,75 @@
+"""Where a run comes from: what its meta.json says of version, commit, machine and text.
+
+Light floor: an n-gram model is made without PyTorch.
+"""
+
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ulimi
+from ulimi.corpus import Corpus
+from ulimi.data import EncodedText
+from ulimi.run import FORMAT
+
+
+def new_meta(
+    corpus: Corpus, train_text: EncodedText, valid_text: EncodedText, machine: dict[str, Any]
+) -> dict[str, Any]:
+    """Give the meta.json of a run that begins now, on `machine`, as `describe_machine` names it."""
+
+    def describe(path: Path, text: EncodedText) -> dict[str, Any]:
+        return {"path": str(path.resolve()), "num_tokens": len(text.ids), **asdict(text.stats)}
+
+    return {
+        "format": FORMAT,
+        "ulimi": ulimi.__version__,
+        "commit": _commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "data": {
+            "train": describe(corpus.train_path, train_text),
+            "valid": describe(corpus.valid_path, valid_text),
+            "report": corpus.report,
+        },
+        "scores": {},
+    }
+
+
+def describe_machine(threads: int = 1, device: str = "cpu") -> dict[str, Any]:
+    """Name what a figure was measured on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "device": device,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, if it is one, and not a copy inside somebody else's."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=here.parent, capture_output=True, text=True, timeout=5, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty")
+    except (OSError, subprocess.SubprocessError):
+        return None
