@@ -31,6 +31,8 @@ LAYERS = [
     {"engine"},
     {"generate", "words", "score", "info", "progress"},
     {"spelling"},
+    {"suggest"},
+    {"keystrokes"},
     {"recipe", "model", "plot"},
     {"optim", "adapt", "export"},
     {"train"},
