@@ -211,3 +211,12 @@ def test_the_word_begun(text, word):
 
 def test_what_the_model_rules_out_has_no_suggestions(tokenizer):
     assert Suggester(few_engine(tokenizer), tokenizer).search("ab xyz").words == []
+
+
+def test_what_is_remembered_has_a_limit(tokenizer, monkeypatch):
+    monkeypatch.setattr("ulimi.suggest.MAX_KNOWN", 5)
+    suggester = Suggester(few_engine(tokenizer), tokenizer)
+    for text in ("a", "ab", "b", "ab a", "ab b", "ab ab a", "ab ab b", "ab ab ab a", "a"):
+        assert suggester.search(text) == Suggester(few_engine(tokenizer), tokenizer).search(text)
+    assert len(suggester._contexts) <= 4
+    assert all(len(context.after) <= 5 for context in suggester._contexts.values())

@@ -26,6 +26,8 @@ from ulimi.tokenizer import Tokenizer
 
 JOINERS = "-'\N{RIGHT SINGLE QUOTATION MARK}\N{NON-BREAKING HYPHEN}"
 MAX_CONTEXTS = 4
+MAX_KNOWN = 256
+"""texts remembered after each context; of each the state and V log-probabilities"""
 MIN_COVER_SHARE = 1e-3
 MAX_WORDS = 1000
 """tokens looked at that end a word by themselves; in kind "word" all do"""
@@ -47,16 +49,18 @@ class Suggestions:
 
     words: list[Suggestion]
     covered: float
-    """share of all ways to go on that are settled, as a word or as none; no word is more probable than found by more
-    than what lacks to 1"""
+    """share of all ways to go on that are settled, as a word or as none; what lacks to 1 (and a thousandth, for ways to
+    spell what was typed) is the most that a word's probability can be too low"""
 
 
 class Suggester:
     """Suggest words with a model; what was computed for the text before is kept, so that the next letter is quick.
 
     The search goes on from the most probable beginning of a word, until none is `min_ratio` times as probable as the
-    last word to be suggested, or `max_steps` beginnings have been looked at. So a suggestion's place is wrong, and a
-    word's probability too low, by no more than spellings less probable than that; `Suggestions.covered` bounds it.
+    last word to be suggested, or `max_steps` beginnings have been looked at. At 1, unless the steps run out, each
+    spelling that is missing is less probable than each suggestion; `Suggestions.covered` bounds what all that are
+    missing have together. What was asked before changes no figure, but for the last digits with int8, which rounds a
+    step otherwise than several at once.
 
     Args:
         engine: the network.
@@ -115,7 +119,7 @@ class Suggester:
         if known is None:
             logits_1V, engine_state = self._engine.step(np.array([id], dtype=np.int64), state.state)
             known = _Known(state.context, ids, log_probs(self._engine, logits_1V)[0], engine_state)
-            state.context.after[ids] = known
+            state.context.remember(known)
         return known
 
     def _read_known(self, id: int, state: "_Known") -> tuple[NDArray[np.float64], "_Known"]:
@@ -133,7 +137,6 @@ class Suggester:
             start = end = len(known_ids)
             if ids[:start] != known_ids:
                 continue
-            # What is known of a text is known of each beginning of it.
             while end < len(ids) and ids[start : end + 1] in context.after:
                 end += 1
             if end > num_known:
@@ -143,9 +146,8 @@ class Suggester:
             logits_1V, state = self._engine.prime(ids[num_known:], state)
             log_probs_V = log_probs(self._engine, logits_1V)[0]
         assert log_probs_V is not None
-        context = _Context()
-        context.after[()] = _Known(context, (), log_probs_V, state)
-        self._contexts[ids] = context
+        context = self._contexts[ids] = _Context()
+        context.remember(_Known(context, (), log_probs_V, state))
         if len(self._contexts) > MAX_CONTEXTS:
             self._contexts.popitem(last=False)
         return context.after[()]
@@ -156,6 +158,12 @@ class _Context:
     """What is known of the texts that begin with some ids, by the ids after them."""
 
     after: "dict[tuple[int, ...], _Known]" = field(default_factory=dict)
+
+    def remember(self, known: "_Known") -> None:
+        """Keep what was read; when there is too much of it, the context alone and this."""
+        if len(self.after) >= MAX_KNOWN:
+            self.after = {(): self.after[()]}
+        self.after[known.ids] = known
 
 
 @dataclass(frozen=True)
