@@ -561,6 +561,67 @@ def test_a_text_stops_before_a_stop_string(works, tiny_run):
     assert "\n" not in row["text"]
 
 
+# suggest and evaluate --keystrokes
+
+
+def test_suggest_gives_words_and_probabilities(works, tiny_run):
+    rows = [line.split("\t") for line in works("suggest", "Abantu bafunda kakhu", "-m", tiny_run.dir).out.splitlines()]
+    assert rows[0][0] == "kakhulu"
+    assert 1 < len(rows) <= 5
+    assert all(re.fullmatch(r"0\.\d{4}", p) for _, p in rows)
+    assert [p for _, p in rows] == sorted((p for _, p in rows), reverse=True)
+    (found,) = works("suggest", "Abantu bafunda kakhu", "-m", tiny_run.dir, "--json", "--num", 1).json
+    assert found["text"] == "Abantu bafunda kakhu"
+    assert [word["word"] for word in found["suggestions"]] == ["kakhulu"]
+    assert found["suggestions"][0]["probability"] == pytest.approx(float(rows[0][1]), abs=1e-4)
+    assert 0 < found["covered"] <= 1
+
+
+def test_suggest_reads_standard_input_line_by_line(works, tiny_run):
+    typed = ["Abantu kakhu", "", "Abantu "]
+    found = works("suggest", "-", "-m", tiny_run.dir, "--json", stdin="\n".join(typed).encode() + b"\n").json
+    assert [row["text"] for row in found] == typed
+    for text, row in zip(typed, found, strict=True):
+        (alone,) = works("suggest", text, "-m", tiny_run.dir, "--json").json
+        assert [word["word"] for word in alone["suggestions"]] == [word["word"] for word in row["suggestions"]]
+    out = works("suggest", "-", "-m", tiny_run.dir, "--num", 2, stdin=b"kakhu\nA").out
+    assert len(out.split("\n\n")) == 2
+
+
+def test_evaluate_counts_keystrokes(works, tiny_run, corpus_dir):
+    valid, test = corpus_dir / "valid.txt", corpus_dir / "test.txt"
+    *files, together = works("evaluate", valid, test, "-m", tiny_run.dir, "--keystrokes", "--json").json
+    for path, row in zip((valid, test), files, strict=True):
+        assert row["file"] == str(path)
+        assert row["num_chars"] == len(path.read_text(encoding="utf-8"))
+        assert row["num_lines"] == 20
+        assert 0.2 < row["spared"] < 0.8  # 28 words in all
+    assert together["num_keystrokes"] == sum(row["num_keystrokes"] for row in files)
+    (one,) = works(
+        "evaluate", valid, "-m", tiny_run.dir, "--keystrokes", "--json", "--max-lines", 5, "--suggestions", 1
+    ).json
+    assert (one["num_lines"], one["suggestions"]) == (5, 1)
+    (three,) = works("evaluate", valid, "-m", tiny_run.dir, "--keystrokes", "--json", "--max-lines", 5).json
+    assert one["num_keystrokes"] > three["num_keystrokes"]
+    header, row = works("evaluate", valid, "-m", tiny_run.dir, "--keystrokes", "--max-lines", 5).out.splitlines()
+    assert header.split() == ["file", "chars", "keystrokes", "words", "taken", "spared"]
+    assert row.split()[-1] == f"{three['spared']:.2%}"
+
+
+def test_what_suggest_and_keystrokes_refuse(refused, tiny_run, corpus_dir, tmp_path):
+    valid = corpus_dir / "valid.txt"
+    assert "lone surrogate" in refused("suggest", "a \udcff", "-m", tiny_run.dir)
+    assert "'--num'" in refused("suggest", "a", "-m", tiny_run.dir, "--num", 0)
+    assert "no run folder" in refused("suggest", "a", "-m", tmp_path / "none")
+    assert "--suggestions goes with --keystrokes" in refused("evaluate", valid, "-m", tiny_run.dir, "--suggestions", 2)
+    assert "--max-lines goes with --keystrokes" in refused("evaluate", valid, "-m", tiny_run.dir, "--max-lines", 2)
+    assert "leave out" in refused("evaluate", valid, "-m", tiny_run.dir, "--keystrokes", "--stateless")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "is empty" in refused("evaluate", empty, "-m", tiny_run.dir, "--keystrokes")
+    assert "none.txt" in refused("evaluate", tmp_path / "none.txt", "-m", tiny_run.dir, "--keystrokes")
+
+
 # info, recipe, help
 
 

@@ -156,10 +156,18 @@ def test_long_words_and_flat_models_end():
     pieces = Pieces(*letters, *(a + b for a in letters for b in letters))
     engine = TableEngine(np.zeros((pieces.vocab_size,) * 3, dtype=np.float32))
     begun = b"abcdefgh" * 5
-    found = covers_after(engine, pieces, [pieces.eos_id], begun, max_steps=50)
+    found = covers_after(engine, pieces, [pieces.eos_id], begun, max_steps=5)
     assert found
-    assert len(engine.fed) <= 50 + len(begun) + 1
+    assert len(engine.fed) <= 5 + len(begun) + 1
     assert all(b"".join(map(pieces.token_bytes, cover.ids)).startswith(begun) for cover in found)
+
+
+def test_a_word_that_cannot_be_finished_ends_too():
+    table = np.zeros((4, 4, 4), dtype=np.float32)
+    table[..., 2] = -np.inf
+    engine = TableEngine(table)
+    assert covers_after(engine, Pieces(b"a", b"aa", b"b"), [3], b"a" * 15 + b"b", max_steps=20) == []
+    assert len(engine.fed) <= 20 + 16 + 1
 
 
 def test_the_best_covers_are_kept():

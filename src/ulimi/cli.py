@@ -236,6 +236,11 @@ def evaluate(
     stats_from: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Training text for --dynamic's gradient statistics.")
     ] = None,
+    keystrokes: Annotated[
+        bool, typer.Option("--keystrokes", help="The share of keystrokes that suggestions spare, instead.")
+    ] = False,
+    suggestions: Annotated[int | None, typer.Option(min=1, help="Those that --keystrokes looks at (3).")] = None,
+    max_lines: Annotated[int | None, typer.Option(min=1, help="--keystrokes: the first lines of a file only.")] = None,
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -251,7 +256,14 @@ def evaluate(
         raise UlimiError("--engine onnx: --cache and --dynamic look inside the network and need --engine torch")
     if stateless and (cache or dynamic):
         raise UlimiError("--stateless reads each line by itself; --cache and --dynamic need one stream")
+    if keystrokes and (cache or dynamic or stateless):
+        raise UlimiError("--keystrokes types each line by itself; leave out --cache, --dynamic and --stateless")
+    if not keystrokes and (suggestions or max_lines):
+        raise UlimiError(f"--{'suggestions' if suggestions else 'max-lines'} goes with --keystrokes")
     run = open_run(model)
+    if keystrokes:
+        _evaluate_keystrokes(run, load_engine(run, device, kind=engine), files, suggestions or 3, max_lines, as_json)
+        return
     cache_settings = _settings_of("--cache", cache, theta=cache_theta, lambda_=cache_lambda, window=cache_window)
     dynamic_settings = _settings_of(
         "--dynamic", dynamic, lr=dynamic_lr, decay=dynamic_decay, epsilon=dynamic_epsilon, window=dynamic_window
@@ -287,6 +299,39 @@ def evaluate(
             typer.echo(json.dumps({"file": "all", **rows[-1][1].as_dict()}))
     if not as_json:
         _print_scores(rows)
+
+
+def _evaluate_keystrokes(
+    run: "Run", engine: "Engine", files: list[Path], num: int, max_lines: int | None, as_json: bool
+) -> None:
+    from itertools import islice
+
+    from ulimi.corpus import read_lines
+    from ulimi.keystrokes import Keystrokes, count_keystrokes
+    from ulimi.progress import counting
+    from ulimi.suggest import Suggester
+
+    suggester = Suggester(engine, run.tokenizer)
+    rows: list[tuple[str, Keystrokes]] = []
+    for path in files:
+        with counting(f"typing {path}, lines") as on_lines:
+            rows.append((str(path), count_keystrokes(suggester, islice(read_lines(path), max_lines), num, on_lines)))
+        if not rows[-1][1].num_chars:
+            raise UlimiError(f"{path}: the text is empty")
+    if len(rows) > 1:
+        rows.append(("all", sum((cost for _, cost in rows), start=Keystrokes())))
+    if as_json:
+        for name, cost in rows:
+            typer.echo(json.dumps({"file": name, "suggestions": num, **cost.as_dict()}))
+        return
+    header = ("file", "chars", "keystrokes", "words", "taken", "spared")
+    _print_table([header] + [
+        (
+            name, f"{cost.num_chars:,}", f"{cost.num_keystrokes:,}", f"{cost.num_words:,}", f"{cost.num_taken:,}",
+            f"{cost.spared:.2%}",
+        )
+        for name, cost in rows
+    ])  # fmt: skip
 
 
 def _settings_of(switch: str, on: bool, **given: float | None) -> dict[str, Any]:
@@ -554,6 +599,37 @@ def _printable(text: str) -> str:
 
 
 @app.command()
+def suggest(
+    text: Annotated[str, typer.Argument(metavar="PREFIX", help="The text typed so far; - reads one a line.")],
+    model: ModelOption,
+    num: Annotated[int, typer.Option(min=1, help="Words at most.")] = 5,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Suggest whole words, with probabilities: how the word begun may end, or, after a space, the next one."""
+    from dataclasses import asdict
+
+    from ulimi.corpus import read_lines
+    from ulimi.engine import load_engine
+    from ulimi.run import open_run
+    from ulimi.suggest import Suggester
+
+    run = open_run(model)
+    suggester = Suggester(load_engine(run, device, kind=engine), run.tokenizer)
+    for index, typed in enumerate(read_lines("-") if text == "-" else [text]):
+        found = suggester.search(typed, num)
+        if as_json:
+            record = {"text": typed, "suggestions": [asdict(word) for word in found.words], "covered": found.covered}
+            typer.echo(json.dumps(record, ensure_ascii=False))
+            continue
+        if index:
+            typer.echo("")
+        for suggestion in found.words:
+            typer.echo(f"{suggestion.word}\t{suggestion.probability:.4f}")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     valid: Annotated[
@@ -623,7 +699,11 @@ def _print_scores(scores: "Sequence[tuple[str, Score]]") -> None:
         )
         for name, s in scores
     ]  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    _print_table(rows)
+
+
+def _print_table(rows: "Sequence[tuple[str, ...]]") -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
         typer.echo("  ".join(cells))

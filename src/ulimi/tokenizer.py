@@ -214,6 +214,10 @@ class Tokenizer:
             ids_of_lines.extend([*encoding.ids, self.eos_id] for encoding in encodings)
         return ids_of_lines
 
+    def normalize(self, text: str) -> str:
+        """Give the text as `encode` reads it, in NFC."""
+        return str(_NFC.normalize_str(text))
+
     def last_piece(self, line: str) -> str | None:
         """Give the end of a line, in NFC, that what is written after it could still change.
 
@@ -228,7 +232,7 @@ class Tokenizer:
             UlimiError: the line holds a line end or a lone surrogate.
         """
         _check_line(line)
-        line = _NFC.normalize_str(line)
+        line = self.normalize(line)
         if self.kind == "char":
             return ""
         if self.kind == "word":
