@@ -26,7 +26,7 @@ LAYERS = [
     {"errors"},
     {"files"},
     {"tokenizer", "corpus"},
-    {"run"},
+    {"run", "clean"},
     {"data"},
     {"engine"},
     {"generate", "words", "score", "info", "progress"},
