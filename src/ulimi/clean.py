@@ -52,7 +52,7 @@ class Statistics:
     hyphenated: Counter[tuple[str, str]] = field(default_factory=Counter)
     """the two sides of a hyphen without spaces, lower-cased"""
     apart: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """neighbours that one space parts, lower-cased, of which the second does not begin with a capital"""
+    """neighbours that one space parts and that make a word, lower-cased; the second does not begin with a capital"""
     prefixes: Counter[str] = field(default_factory=Counter)
     """what stands before a hyphen and a capital or digit: "i" of "i-HIV", "nge" of "nge-2010" """
     num_lines: int = 0
@@ -72,12 +72,15 @@ class Statistics:
             self.hyphenated[left.lower(), right.lower()] += 1
             if not right[0].islower():
                 self.prefixes[left.lower()] += 1
-        for match in _APART.finditer(line):
-            left, right = match.groups()
-            if right[0].islower():
-                self.apart[left.lower(), right.lower()] += 1
         self.num_lines += bool(words)
         self.num_english += _seems_english(line)
+
+    def add_apart(self, line: str) -> None:
+        """Count the neighbours in one line, after all words are counted; there are too many neighbours for memory."""
+        for match in _APART.finditer(line):
+            left, right = match.groups()
+            if right[0].islower() and (left + right).lower() in self.words:
+                self.apart[left.lower(), right.lower()] += 1
 
 
 # Characters
@@ -171,12 +174,14 @@ def speakers(line: str) -> str:
 # Other languages
 
 _ENGLISH = frozenset(
-    "the of and to in is are was were for with that this on at from as it an or not have has had which will would but "
-    "their its his they you your who whom what when where why how there than also these those other if our us them him "
-    "her she all any each every some such only more most much many very must may might can can't could should shall do "
-    "does did been being about after before because between through under over out off up down then now new first two "
-    "three people know think say said see look like make made get got go going come good well take let thank my me "
-    "here just own same both few while during without within until against number days year years".split()
+    """
+    the of and to in is are was were for with that this on at from as it an or not have has had which will would but
+    their its his they you your who whom what when where why how there than also these those other if our us them
+    him her she all any each every some such only more most much many very must may might can can't could should
+    shall do does did been being about after before because between through under over out off up down then now new
+    first two three people know think say said see look like make made get got go going come good well take let
+    thank my me here just own same both few while during without within until against number days year years
+    """.split()  # noqa: SIM905
 )
 """common English words, none of which is a word in the Nguni languages ("into", "no", "so", "be" and "we" are)"""
 
@@ -264,9 +269,10 @@ def _has_fragment(pair: tuple[str, str], joined: int, statistics: Statistics) ->
 def parted(line: str, statistics: Statistics) -> str:
     """Join words in which a space was left: "uku hamba", "ezinda weni".
 
-    The joined word must stand elsewhere at least 3 times, 3 times as often as so parted, and more often than one of the
-    pieces; and the pieces must be neighbours 10 times as often as chance would have it. The second piece may not begin
-    with a capital. Demonstratives stay, for both spellings are right.
+    The pieces must be neighbours 10 times as often as chance would have it. The joined word must stand elsewhere 3
+    times as often as so parted, 3 times at least, and more often than one of the pieces. Where it stands elsewhere
+    fewer times, one piece must stand nowhere else, the other must be no common word, and one must be short. The second
+    piece may not begin with a capital. Demonstratives stay, for both spellings are right.
     """
     pieces, end = [], 0
     start = 0
@@ -282,14 +288,17 @@ def parted(line: str, statistics: Statistics) -> str:
 def _is_parted(left: str, right: str, statistics: Statistics) -> bool:
     pair = left.lower(), right.lower()
     joined, together = statistics.words["".join(pair)], statistics.apart[pair]
-    by_chance = statistics.words[pair[0]] * statistics.words[pair[1]] / max(1, statistics.num_words)
+    rare, common = sorted(statistics.words[piece] for piece in pair)
+    if joined >= 3:
+        is_word = joined >= 3 * together and joined > rare
+    else:
+        is_word = joined >= together == rare and common <= 100 and min(len(left), len(right)) <= 5
     return (
-        joined >= max(3, 3 * together)
-        and together >= 10 * by_chance
+        is_word
+        and together * statistics.num_words >= 10 * rare * common
         and right.islower()
         and not left[1:].isupper()
         and not _DEMONSTRATIVE.fullmatch(pair[0])
-        and _has_fragment(pair, joined, statistics)
     )
 
 
@@ -457,7 +466,7 @@ def clean_files(
 
 
 def _scratch(files: ExitStack) -> TextIO:
-    return files.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n"))  # type: ignore[return-value]
+    return files.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n"))
 
 
 def _read_text(text: TextIO) -> Iterator[tuple[int, int, str]]:
@@ -472,6 +481,9 @@ def _clean_once(text: TextIO, cleaned: TextIO, report: TextIO, rules: Sequence[s
     statistics = Statistics()
     for _, _, line in _read_text(text):
         statistics.add(spaces(characters(line)))
+    if "parted" in rules:
+        for _, _, line in _read_text(text):
+            statistics.add_apart(spaces(characters(line)))
     functions = _functions(rules, statistics)
     any_change = False
     for file, number, line in _read_text(text):
@@ -491,7 +503,7 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\r": "\\r"})
 
 def _row(name: str, number: int, rule: str, before: str, after: str | None) -> str:
     action = "removed" if after is None else "changed"
-    return f"{name}\t{number}\t{rule}\t{action}\t{before.translate(_ESCAPES)}\t{(after or '').translate(_ESCAPES)}\n"
+    return f"{name.translate(_ESCAPES)}\t{number}\t{rule}\t{action}\t{before.translate(_ESCAPES)}\t{(after or '').translate(_ESCAPES)}\n"
 
 
 def _unescape(text: str) -> str:
