@@ -134,8 +134,7 @@ _LEADERS = re.compile(r"\.{5} *\d|^[-_=*]{4}")
 
 def tables(line: str) -> str:
     """Remove lines of few letters, with leaders to a page number, and those in which half the words are numbers."""
-    letters = sum(char.isalpha() for char in line)
-    if letters < 0.5 * sum(not char.isspace() for char in line) or _LEADERS.search(line):
+    if sum(map(str.isalpha, line)) < 0.5 * len("".join(line.split())) or _LEADERS.search(line):
         return ""
     words = line.split()
     numbers = sum(any(map(str.isdigit, word)) and sum(map(str.isalpha, word)) <= 1 for word in words)
@@ -288,6 +287,8 @@ def parted(line: str, statistics: Statistics) -> str:
 def _is_parted(left: str, right: str, statistics: Statistics) -> bool:
     pair = left.lower(), right.lower()
     joined, together = statistics.words["".join(pair)], statistics.apart[pair]
+    if not together:
+        return False
     rare, common = sorted(statistics.words[piece] for piece in pair)
     if joined >= 3:
         is_word = joined >= 3 * together and joined > rare
@@ -502,8 +503,8 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\r": "\\r"})
 
 
 def _row(name: str, number: int, rule: str, before: str, after: str | None) -> str:
-    action = "removed" if after is None else "changed"
-    return f"{name.translate(_ESCAPES)}\t{number}\t{rule}\t{action}\t{before.translate(_ESCAPES)}\t{(after or '').translate(_ESCAPES)}\n"
+    fields = (name, str(number), rule, "removed" if after is None else "changed", before, after or "")
+    return "\t".join(field.translate(_ESCAPES) for field in fields) + "\n"
 
 
 def _unescape(text: str) -> str:
