@@ -103,8 +103,8 @@ def replaced(line: str) -> str:
 
 
 def spaces(line: str) -> str:
-    """Make runs of spaces one, and none at the ends."""
-    return re.sub(" {2,}", " ", line).strip(" ")
+    """Make runs of spaces one, and none at the ends; nor a carriage return, which would end the line."""
+    return re.sub(" {2,}", " ", line).strip(" \r")
 
 
 # Furniture of pages
@@ -150,7 +150,7 @@ def spaced(line: str) -> str:
 
 
 def capitals(line: str) -> str:
-    """Remove a line that is all in capitals: a heading."""
+    """Remove a line that is all in capitals: a heading, or a passage set like one."""
     return "" if line.isupper() else line
 
 
