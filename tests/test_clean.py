@@ -266,6 +266,7 @@ def test_text_of_short_words_keeps_them():
         ("i-imeyili", None),
         ("thenga- thengisa", None),
         ("umama- bethu", None),
+        ("umama- Bheki", None),
     ],
 )
 def test_hyphens(before, after):
@@ -421,10 +422,10 @@ LINES = st.lists(st.lists(st.tuples(PIECES, st.sampled_from(["", " "])).map("".j
 @given(LINES, st.sets(st.sampled_from(list(RULES))))
 def test_cleaned_text_is_clean_and_the_report_exact(tmp_path_factory, lines, kept):
     folder = tmp_path_factory.mktemp("clean")
-    lines = [line.removesuffix("\r") for line in lines]  # "\r\n" would end the line
+    lines = [line.rstrip("\r") for line in lines]  # "\r\n" would end the line
     once = cleaned(folder, lines, keep=sorted(kept))
     assert apply_report(lines, folder / "report.tsv", str(folder / "in.txt")) == once
-    once = [line.removesuffix("\r") for line in once]
+    once = [line.rstrip("\r") for line in once]
     assert cleaned(folder, once, keep=sorted(kept)) == once
 
 
