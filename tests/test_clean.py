@@ -151,6 +151,7 @@ def test_tables_go(line):
         "Ucingo: (011) 555-0123 noma 0800 555 012 ebusuku nasemini, buza uThemba.",
         "Ngo 7 ku 9 sidlala",
         "2014 singunyaka.",
+        "1 & 2 Amakhosi",
     ],
 )
 def test_tables_leaves_sentences(line):
@@ -224,6 +225,7 @@ def test_foreign_lines_go(line):
         "Kodwa thank you very much for that.",
         "Uthe: what is this and how are you, wase ehleka kakhulu.",
         "Wafunda i-University of the West ngo-1990.",
+        "See the i-Department of the West and you.",
         "Hhayi ke nje, ye!",
     ],
 )
@@ -253,6 +255,7 @@ def test_text_of_short_words_keeps_them():
         ("abane i -HIV", "abane i-HIV"),
         ("wafika nge- 2010 lapha", "wafika nge-2010 lapha"),
         ("la e- Goli", "la e-Goli"),
+        ("base- Ningizimu", "baseNingizimu"),
         ("kodwa -ke", "kodwa-ke"),
         # What belongs as it is.
         ("ngihlala e-Goli no-Themba", None),
@@ -267,6 +270,10 @@ def test_text_of_short_words_keeps_them():
         ("thenga- thengisa", None),
         ("umama- bethu", None),
         ("umama- Bheki", None),
+        ("kuku- Dlamini", None),
+        ("ku-khanya", None),
+        ("uma-apula", None),
+        ("njalo-ke", None),
     ],
 )
 def test_hyphens(before, after):
@@ -274,6 +281,8 @@ def test_hyphens(before, after):
         "okunempilo okunempilo khula khula bafanelekile bafanelekile iapula iapula iimeyili iimeyili kodwake kodwake",
         "i-HIV i-HIV nge-2009 nge-2011 e-Goli e-Durban kodwa-ke kodwa-ke kodwa-ke umama ubaba umama ubaba umamaubaba",
         "thenga thengisa umama-bethu umamabethu",
+        "baseNingizimu baseNingizimu baseNingizimu base-Goli base-Goli kukuDlamini kukuDlamini",
+        "ku-2012 ku-2013 kukhanya kukhanya umaapula umaapula njaloke njaloke",
     )
     assert hyphens(before, statistics) == (before if after is None else after)
 
@@ -310,12 +319,27 @@ def test_parted(line, after):
     assert parted(line, count(*APART, line)) == (line if after is None else after)
 
 
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("nje ngoba", ["njengoba"] * 60 + ["yebo nje", "ngoba yebo"] * 20),  # they meet by chance
+        ("izi nja", ["izinja"] * 5 + ["izi nja"]),  # parted nearly as often
+        ("izi nja", ["izinja"] * 3 + ["izi yebo nja yebo"] * 2),  # the pieces stand alone as often
+        ("uku Hamba", ["ukuhamba"] * 9 + ["uku hamba"]),
+        ("UKU hamba", ["ukuhamba"] * 9 + ["uku hamba"]),
+    ],
+)
+def test_the_evidence_for_a_joined_word_must_be_strong(line, text):
+    assert parted(line, count(*ZULU * 9, *text, line)) == line
+
+
 def test_a_rare_word_is_joined_where_its_piece_is_no_word():
     rare = "bathi uzophu mula kusasa"
     assert parted(rare, count(*APART, "uzophumula", rare)) == "bathi uzophumula kusasa"
     assert parted(rare, count(*APART, rare)) == rare, "never seen as one word"
     assert parted(rare, count(*APART, "uzophumula mula uzophu", rare)) == rare, "both pieces are words"
-    assert parted(rare, count(*APART * 9, *["bathi uzophu"] * 120, "uzophumula", rare)) == rare, "one is a common word"
+    assert parted(rare, count(*APART * 40, "uzophumula", rare)) == "bathi uzophumula kusasa"
+    assert parted(rare, count(*APART * 40, *["bathi uzophu"] * 120, "uzophumula", rare)) == rare, "one is a common word"
     long = "bathi sizophumu lisana kusasa"
     assert parted(long, count(*APART, "sizophumulisana", long)) == long, "neither is short"
 
@@ -401,6 +425,14 @@ def test_counts_agree_with_the_report(tmp_path):
         assert counts[rule].removed == sum(row[3] == "removed" for row in mine)
     gone = sum(len(line) + 1 for line in DIRTY) - len((tmp_path / "b.txt").read_text(encoding="utf-8"))
     assert sum(count.chars for count in counts.values()) == gone
+
+
+def test_a_line_that_a_rule_changes_in_two_rounds_counts_once(tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_text("\n".join([*ZULU, *["ababa bantu ababantu"] * 9, "aba ba ntu"]) + "\n", encoding="utf-8")
+    counts = clean_files([source], [tmp_path / "b.txt"], ("parted",))
+    assert (tmp_path / "b.txt").read_text().split("\n")[-2] == "ababantu"
+    assert (counts["parted"].changed, counts["parted"].chars) == (1, 2)
 
 
 def test_cleaning_is_the_same_every_time(tmp_path):

@@ -239,7 +239,8 @@ def _join_open(match: re.Match[str], statistics: Statistics) -> str:
     left, _, right = match.groups()
     pair = left.lower(), right.lower()
     joined = statistics.words["".join(pair)]
-    if right[0].islower() and joined > statistics.hyphenated[pair] and _has_fragment(pair, joined, statistics):
+    enough = 1 if right[0].islower() else 3  # "base- Ningizimu" too, where the text writes "baseNingizimu"
+    if joined >= max(enough, statistics.hyphenated[pair] + 1) and _has_fragment(pair, joined, statistics):
         return left + right
     if statistics.hyphenated[pair] >= 2 or (not right[0].islower() and statistics.prefixes[left.lower()] >= 2):
         return f"{left}-{right}"
