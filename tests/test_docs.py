@@ -17,7 +17,7 @@ COMMANDS = re.findall(r"^(?:\$ )?ulimi ([^#|\n]+)", "\n".join(re.findall(r"```\n
 
 
 def help_of(command: str, monkeypatch, capsys) -> str:
-    monkeypatch.setattr(sys, "argv", ["ulimi", command, "--help"])
+    monkeypatch.setattr(sys, "argv", ["ulimi", *command.split(), "--help"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
@@ -27,7 +27,7 @@ def help_of(command: str, monkeypatch, capsys) -> str:
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_readmes_commands_and_options_exist(line, monkeypatch, capsys):
     command, *words = line.split()
-    text = help_of(command, monkeypatch, capsys)
+    text = help_of(f"corpus {words[0]}" if command == "corpus" else command, monkeypatch, capsys)
     for option in (word for word in words if re.match(r"--?[a-z]", word)):
         assert re.search(rf"(^|[\s,]){re.escape(option)}\b", text), f"ulimi {command} has no {option}"
     settings = [word for word in words if re.fullmatch(r"[a-z]+\.[a-z_]+=\S+", word)]
@@ -37,7 +37,7 @@ def test_the_readmes_commands_and_options_exist(line, monkeypatch, capsys):
 
 def test_there_are_commands_to_look_at():
     assert {line.split()[0] for line in COMMANDS} == {
-        "train", "evaluate", "score", "generate", "suggest", "export", "info", "recipe", "ngram",
+        "train", "evaluate", "score", "generate", "suggest", "export", "info", "recipe", "ngram", "corpus",
     }  # fmt: skip
 
 

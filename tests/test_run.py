@@ -26,7 +26,7 @@ LAYERS = [
     {"errors"},
     {"files"},
     {"tokenizer", "corpus"},
-    {"run"},
+    {"run", "clean"},
     {"data", "distribution", "ngram"},
     {"engine", "provenance"},
     {"sampling", "words", "score", "info", "progress"},

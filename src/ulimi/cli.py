@@ -42,6 +42,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+corpus_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare text to train on.")
+app.add_typer(corpus_app, name="corpus")
+
 ModelOption = Annotated[Path, typer.Option("--model", "-m", metavar="RUN", help="The run folder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 EngineOption = Annotated[str, typer.Option(help="auto, onnx (int8) or torch; an n-gram model has none.")]
@@ -688,6 +691,45 @@ def recipe(
             typer.echo(f"{known:<16} {recipe_headline(known)}")
         return
     typer.echo(explain(load_recipe(None if name == "default" else name, settings or [])))
+
+
+@corpus_app.command("clean")
+def corpus_clean(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE…", help="Text files (plain, .gz, .zst), or a corpus folder with train.txt."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="The cleaned file; a folder for several.")],
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="RULE", help="Leave out a rule; may be given several times.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="RULE", help="Apply this rule alone; may be given several times.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write each change: file, line, rule, action, before, after.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite results that are there.")] = False,
+) -> None:
+    """Clean text before training: broken words, page marks, headings, other languages, repetitions.
+
+    What is a broken word the text itself tells, all files together. Of a folder train.txt is cleaned; valid.txt and
+    test.txt are copied as they are, for a published split must stay exact. Cleaned text cleaned again does not change.
+    The rules, in their order: characters, spaces, replaced, index, tables, spaced, capitals, speakers, foreign,
+    hyphens, parted, duplicates.
+    """
+    from ulimi.clean import RULES, choose_rules, plan_cleaning, run_plan
+
+    rules = choose_rules(keep or (), only or ())
+    plan = plan_cleaning(files, out, report, force)
+    counts = run_plan(plan, rules, report)
+    typer.echo(f"{'rule':<12}{'changed':>9}{'removed':>9}{'chars':>11}")
+    for rule, count in counts.items():
+        typer.echo(f"{rule:<12}{count.changed:>9,}{count.removed:>9,}{count.chars:>11,}  {RULES[rule]}")
+    for source, target in plan.cleaned:
+        typer.echo(f"{source} -> {target}", err=True)
+    for source, target in plan.copied:
+        typer.echo(f"{source} -> {target}, as it is", err=True)
 
 
 def _print_scores(scores: "Sequence[tuple[str, Score]]") -> None:

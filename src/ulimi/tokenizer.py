@@ -214,10 +214,6 @@ class Tokenizer:
             ids_of_lines.extend([*encoding.ids, self.eos_id] for encoding in encodings)
         return ids_of_lines
 
-    def normalize(self, text: str) -> str:
-        """Give the text as `encode` reads it, in NFC."""
-        return str(_NFC.normalize_str(text))
-
     def last_piece(self, line: str) -> str | None:
         """Give the end of a line, in NFC, that what is written after it could still change.
 
