@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ulimi.corpus import TextStats, count_stats
 from ulimi.data import Ids
+from ulimi.distribution import EPSILON, log_probs, smoothed_nats
 from ulimi.engine import EVALUATION_WINDOW, Engine
 from ulimi.tokenizer import Tokenizer
 
@@ -82,6 +83,74 @@ class Score:
             "bits_per_char": self.bits_per_char,
             "bits_per_byte": self.bits_per_byte,
         }
+
+
+@dataclass(frozen=True)
+class DistributionScore:
+    """How well a model's distributions fit a text, by measures that a sparse one can be given too.
+
+    Martins, Marinho & Martins (2020), "Sparse Text Generation", section 4. All are sums over tokens but `epsilon`.
+    """
+
+    epsilon: float
+    num_tokens: int
+    smoothed_nats: float
+    """of (p + epsilon) / (1 + epsilon V)"""
+    sparsemax: float
+    """p + (1 - the sum of all squared probabilities) / 2: 1 is certain and right, 0 certain and wrong"""
+    js: float
+    """nats of Jensen-Shannon divergence between the distribution and the token: 0 to ln 2"""
+    support: float
+    """tokens that are not impossible"""
+    num_impossible: int
+    """tokens of the text that were"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of `--json`: means over tokens."""
+        n = self.num_tokens
+        return {
+            "epsilon": self.epsilon,
+            "num_tokens": n,
+            "epsilon_perplexity": _finite(_exp(self.smoothed_nats / n)),
+            "sparsemax_score": self.sparsemax / n,
+            "js_divergence": self.js / n,
+            "support": self.support / n,
+            "impossible": self.num_impossible / n,
+        }
+
+
+def score_distribution(
+    engine: Engine, ids: Ids, eos_id: int, epsilon: float = EPSILON,
+    on_tokens: Callable[[int], None] = lambda done: None,
+) -> DistributionScore:  # fmt: skip
+    """Measure a model's distributions on a text read as one stream.
+
+    Args:
+        engine: the network.
+        ids: (N,).
+        eos_id: what stands before the first token.
+        epsilon: of the smoothed nats; 0 gives the nats themselves, infinite where the model rules a token out.
+        on_tokens: told how many tokens are done.
+    """
+    state, before = engine.initial_state(1), eos_id
+    nats = sparsemax = js = support = 0.0
+    num_impossible = 0
+    for start in range(0, len(ids), EVALUATION_WINDOW):
+        targets_T = np.asarray(ids[start : start + EVALUATION_WINDOW], dtype=np.int64)
+        logits_1TV, state = engine.logits(np.concatenate([[before], targets_T[:-1]])[None], state)
+        probs_TV = np.exp(log_probs(logits_1TV[0], engine.alpha))
+        p_T = probs_TV[np.arange(len(targets_T)), targets_T]
+        nats += float(smoothed_nats(p_T, probs_TV.shape[1], epsilon).sum())
+        sparsemax += float((p_T + (1 - np.square(probs_TV).sum(axis=1)) / 2).sum())
+        # Between a distribution and a single token all but that token's own probability falls out.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            own_T = np.where(p_T > 0, p_T * np.log(p_T), 0.0)
+        js += float((math.log(2) + (own_T - (1 + p_T) * np.log1p(p_T)) / 2).sum())
+        support += float(np.count_nonzero(probs_TV))
+        num_impossible += int((p_T == 0).sum())
+        before = int(targets_T[-1])
+        on_tokens(start + len(targets_T))
+    return DistributionScore(epsilon, len(ids), nats, sparsemax, js, support, num_impossible)
 
 
 def score_stream(engine: Engine, ids: Ids, eos_id: int, on_tokens: Callable[[int], None] = lambda done: None) -> float:

@@ -144,7 +144,7 @@ class Writer:
             on_word: told each word of the first text as soon as it is certain; a search knows none before its end.
 
         Raises:
-            UlimiError: the model rules the prompt out, or arguments that are not allowed.
+            UlimiError: arguments that are not allowed.
         """
         beams = self._writing.beams
         if beams is not None and num > beams.num:
@@ -195,7 +195,10 @@ class Writer:
         logits_1V, state = self._engine.prime(given.context, self._engine.initial_state(1))
         found = covers(self._engine, self._index, state, logits_1V, given.begun)
         if not found:
-            raise UlimiError(f"the model rules out how the prompt ends: {given.typed!r}")
+            # A sparse model rules out every way to spell it: the text goes on from the tokenizer's own.
+            ids = [self._tokenizer.eos_id, *self._tokenizer.encode(given.prompt)]
+            _, state = self._engine.prime(ids[:-1], self._engine.initial_state(1))
+            return [Start(tuple(ids[len(given.context) :]), 0.0, state)]
         return [Start(cover.ids, cover.logprob, cover.state) for cover in found]
 
     def _steps(
