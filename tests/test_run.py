@@ -24,12 +24,13 @@ from ulimi.train import Progress
 
 LAYERS = [
     {"errors"},
-    {"files"},
+    {"files", "grammar"},
     {"tokenizer", "corpus"},
     {"run"},
     {"data"},
     {"engine"},
     {"generate", "words", "score", "info", "progress"},
+    {"judge"},
     {"recipe", "model", "plot"},
     {"optim", "adapt", "export"},
     {"train"},

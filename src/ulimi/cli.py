@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ from ulimi.errors import UlimiError
 if TYPE_CHECKING:
     from ulimi.data import EncodedText
     from ulimi.engine import Engine
+    from ulimi.judge import Judgement
     from ulimi.run import Run
     from ulimi.score import Score
     from ulimi.words import Word
@@ -338,6 +340,79 @@ def score(
             s = line_score
             typer.echo(f"{s.nats:.4f}\t{s.num_tokens}\t{s.num_chars}\t{s.bits_per_char:.4f}\t{line}")
     _warn_unknown("standard input" if file == "-" else file, num_unknown)
+
+
+@app.command()
+def judge(
+    model: Annotated[Path | None, typer.Option("--model", "-m", metavar="RUN", help="The run folder.")] = None,
+    hf: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Instead: a Hugging Face causal model's local folder.")
+    ] = None,
+    phenomenon: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="Pairs a phenomenon.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pairs.")] = 0,
+    pairs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Your own pairs: phenomenon, good, bad, tabs between.")
+    ] = None,
+    write: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the pairs that are judged.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Also print the pairs that are judged wrongly.")] = False,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Ask minimal pairs of isiZulu grammar: how often is the correct sentence the more probable one?"""
+    from ulimi import grammar
+    from ulimi.engine import load_engine
+    from ulimi.judge import hf_scorer, read_pairs, run_scorer, write_pairs
+    from ulimi.judge import judge as judge_pairs
+    from ulimi.run import open_run
+
+    if (model is None) == (hf is None) and (hf is not None or write is None):
+        raise UlimiError("judge needs one model, --model RUN or --hf DIR; --write FILE alone needs none")
+    chosen = [*dict.fromkeys(phenomenon or [])]
+    if pairs is None:
+        for name in chosen:
+            grammar.check_phenomenon(name)
+        asked = [pair for name in chosen or grammar.phenomena() for pair in grammar.pairs(name, num, seed)]
+    else:
+        asked = read_pairs(pairs)
+        known = dict.fromkeys(pair.phenomenon for pair in asked)
+        if absent := [name for name in chosen if name not in known]:
+            raise UlimiError(f"--phenomenon {absent[0]}: {pairs} has {', '.join(known)}")
+        asked = [pair for pair in asked if not chosen or pair.phenomenon in chosen]
+    if write is not None:
+        write_pairs(write, asked)
+    if hf is not None:
+        scorer = hf_scorer(hf)
+    elif model is not None:
+        run = open_run(model)
+        scorer = run_scorer(load_engine(run, device, kind=_engine_for_figures(engine)), run.tokenizer)
+    else:
+        return
+    _print_judgement(judge_pairs(scorer, asked), show, as_json)
+
+
+def _print_judgement(judgement: "Judgement", show: bool, as_json: bool) -> None:
+    wrong = [verdict for verdict in judgement.verdicts if verdict.credit < 1] if show else []
+    if as_json:
+        for verdict in wrong:
+            typer.echo(json.dumps({**asdict(verdict.pair), "good_nats": verdict.good_nats, "bad_nats": verdict.bad_nats},
+                                  ensure_ascii=False))  # fmt: skip
+        for row in judgement.rows:
+            typer.echo(json.dumps(row.as_dict(), ensure_ascii=False))
+        typer.echo(json.dumps({"phenomenon": "mean", "accuracy": judgement.mean}))
+        return
+    for verdict in wrong:
+        pair = verdict.pair
+        typer.echo(f"{pair.phenomenon}\t{verdict.good_nats:.3f}\t{verdict.bad_nats:.3f}\t{pair.good}\t*{pair.bad}")
+    width = max(len(name) for name in ("phenomenon", *(row.phenomenon for row in judgement.rows)))
+    typer.echo(f"{'phenomenon':<{width}}\tpairs\taccuracy\tlow\thigh")
+    for row in judgement.rows:
+        low, high = row.interval
+        typer.echo(f"{row.phenomenon:<{width}}\t{row.num}\t{row.accuracy:.3f}   \t{low:.3f}\t{high:.3f}")
+    typer.echo(f"{'mean':<{width}}\t{len(judgement.verdicts)}\t{judgement.mean:.3f}")
+    typer.echo("accuracy: share of pairs whose correct sentence is the more probable; chance is 50 %; "
+               "low, high: 95 % interval", err=True)  # fmt: skip
 
 
 @app.command()

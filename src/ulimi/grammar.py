@@ -250,14 +250,12 @@ def _draw_two(
     return first, second
 
 
-ANY = ("person", "animal", "thing", "food", "text", "plant", "place", "abstract")
-
-
 def _subject(words: Lexicon, rng: Random, concord: str, opener: str, tense: Callable[[str], str]) -> Couple | None:
     """Agree a verb with the subject before it; `tense` gives the rest of the verb, after the concord."""
-    two = _draw_two(words, rng, _of(words, *ANY), lambda noun: words.concord(concord, noun))
+    two = _draw_two(words, rng, words.nouns, lambda noun: words.concord(concord, noun))
     roots = words.verbs(*two) if two else []
-    if not two or not roots:
+    # Aka- is also heard in class 6.
+    if not two or not roots or (concord == "negative" and {noun.noun_class for noun in two} == {"1", "6"}):
         return None
     start, end = rng.choice(words.openers[opener]), tense(rng.choice(roots))
     return Couple(
@@ -365,10 +363,11 @@ def object_afterthought(words: Lexicon, rng: Random) -> Couple | None:
 
 
 def _object(words: Lexicon, rng: Random, topic: bool) -> Couple | None:
-    two = _draw_two(words, rng, _of(words, *ANY), lambda noun: words.concord("object", noun))
+    two = _draw_two(words, rng, words.nouns, lambda noun: words.concord("object", noun))
     if not two:
         return None
-    verb = f"{rng.choice(['ngi', 'si'])}ya{{}}{rng.choice(words.transitive(*two))}a"
+    # Not si-: people in the plural and "we" go together (abafana siyambona).
+    verb = f"ngi{rng.choice(['ya', 'zo'])}{{}}{rng.choice(words.transitive(*two))}a"
     first, second = (f"{noun.text} {verb}" if topic else f"{verb} {noun.text}" for noun in two)
     return Couple(first, second, words.concord("object", two[0]), words.concord("object", two[1]))
 
@@ -379,7 +378,7 @@ def pronoun_with(words: Lexicon, rng: Random) -> Couple | None:
     two = _draw_two(words, rng, _of(words, *tags), words.with_pronoun)
     if not two:
         return None
-    verb = f"{rng.choice(['ngi', 'si'])}{rng.choice(words.data['together'][key])}a {{}}"
+    verb = f"{rng.choice(['ngi', 'ngizo'])}{rng.choice(words.data['together'][key])}a {{}}"
     return Couple(
         f"{two[0].text} {verb}", f"{two[1].text} {verb}", words.with_pronoun(two[0]), words.with_pronoun(two[1])
     )
@@ -396,9 +395,9 @@ def possessive(words: Lexicon, rng: Random) -> Couple | None:
     def form(noun: Noun) -> str:
         return words.possessive(noun, possessor)
 
-    two = _draw_two(words, rng, _of(words, *ANY), form)
-    # Written as one word, "this": lo mfana, le ngane. And amabhuku + abafana looks like two nouns.
-    if not two or any(form(noun).startswith(("lo", "le")) or form(noun) == possessor.text for noun in two):
+    two = _draw_two(words, rng, words.nouns, form)
+    # As two words "this": lo mfana, le ngane; kwa- is also "at"; and amabhuku + abafana looks like two nouns.
+    if not two or any(form(noun).startswith(("lo", "le", "k")) or form(noun) == possessor.text for noun in two):
         return None
     return _within_object(rng, words, two, form)
 
@@ -406,17 +405,17 @@ def possessive(words: Lexicon, rng: Random) -> Couple | None:
 def possessive_of_name(words: Lexicon, rng: Random) -> Couple | None:
     """Ngibona isikole sikaSipho / *zikaSipho."""
     relatives = [noun.text[1:] for noun in _of(words, "person") if noun.has_short_prefix and not noun.is_plural]
-    name = rng.choice([*words.data["names"], *relatives])
+    name = str(rng.choice([*words.data["names"], *relatives]))
 
     def form(noun: Noun) -> str:
         return words.concord("ka", noun) + name
 
-    return _within_object(rng, words, _draw_two(words, rng, _of(words, *ANY), form), form)
+    return _within_object(rng, words, _draw_two(words, rng, words.nouns, form), form)
 
 
 def adjective(words: Lexicon, rng: Random) -> Couple | None:
     """Ngibona umfana omude / *abade."""
-    two = _draw_two(words, rng, _of(words, *ANY), lambda noun: words.concord("adjective", noun) + _nasal(words, noun))
+    two = _draw_two(words, rng, words.nouns, lambda noun: words.concord("adjective", noun) + _nasal(words, noun))
     stems = words.stems("adjectives", *two) if two else []
     if not stems:
         return None
@@ -426,14 +425,14 @@ def adjective(words: Lexicon, rng: Random) -> Couple | None:
 
 def adjective_predicate(words: Lexicon, rng: Random) -> Couple | None:
     """Siyabona ukuthi umfana mude / *bade."""
-    two = _draw_two(words, rng, _of(words, *ANY), lambda noun: words.concord("predicate", noun) + _nasal(words, noun))
+    # Kuhle, kubi, kude are also "it is good", "it is bad", "far".
+    nouns = [noun for noun in words.nouns if noun.noun_class != "15"]
+    two = _draw_two(words, rng, nouns, lambda noun: words.concord("predicate", noun) + _nasal(words, noun))
     stems = words.stems("adjectives", *two) if two else []
     if not two or not stems:
         return None
     start, stem = rng.choice(words.openers["present"]), rng.choice(stems)
     forms = [words.adjective(noun, stem, "predicate") for noun in two]
-    if "kude" in forms:  # far
-        return None
     return Couple(f"{start}{two[0].text} {{}}", f"{start}{two[1].text} {{}}", *forms)
 
 
@@ -454,7 +453,7 @@ def numeral(words: Lexicon, rng: Random) -> Couple | None:
 
 def relative(words: Lexicon, rng: Random) -> Couple | None:
     """Ngibona umfana oqotho / *abaqotho."""
-    two = _draw_two(words, rng, _of(words, *ANY), lambda noun: words.concord("relative", noun))
+    two = _draw_two(words, rng, words.nouns, lambda noun: words.concord("relative", noun))
     stems = words.stems("relatives", *two) if two else []
     if not stems:
         return None
@@ -464,7 +463,7 @@ def relative(words: Lexicon, rng: Random) -> Couple | None:
 
 def relative_verb(words: Lexicon, rng: Random) -> Couple | None:
     """Ngibona umfana ogijimayo / *abagijimayo."""
-    two = _draw_two(words, rng, _of(words, *ANY), lambda noun: words.concord("relative", noun))
+    two = _draw_two(words, rng, words.nouns, lambda noun: words.concord("relative", noun))
     roots = words.verbs(*two) if two else []
     if not roots:
         return None
@@ -496,7 +495,7 @@ def quantifier_all(words: Lexicon, rng: Random) -> Couple | None:
     def form(noun: Noun) -> str:
         return words.concord("all", noun)
 
-    two = _draw_two(words, rng, _of(words, *ANY), form)
+    two = _draw_two(words, rng, [noun for noun in words.nouns if form(noun)], form)
     return _within_object(rng, words, two, form, before=rng.random() < 0.5)
 
 
@@ -506,8 +505,8 @@ def quantifier_alone(words: Lexicon, rng: Random) -> Couple | None:
     def form(noun: Noun) -> str:
         return words.concord("alone", noun)
 
-    nouns = [noun for noun in words.nouns if form(noun)]
-    return _within_object(rng, words, _draw_two(words, rng, nouns, form), form)
+    two = _draw_two(words, rng, [noun for noun in words.nouns if form(noun)], form)
+    return _within_object(rng, words, two, form)
 
 
 # Forms of the verb
@@ -515,7 +514,7 @@ def quantifier_alone(words: Lexicon, rng: Random) -> Couple | None:
 
 def negative_final(words: Lexicon, rng: Random) -> Couple | None:
     """Umfana akadlali ekhaya / *akadlala; umfana udlala ekhaya / *udlali."""
-    noun, start = _draw(rng, _unlike_relative(words)), rng.choice(words.openers["present"])
+    noun, start = _draw(rng, _unlike_relative(words)), rng.choice(["", *words.openers["fact"]])
     root, adjunct = (rng.choice(words.data["activities"][key]) for key in ("roots", "adjuncts"))
     first, second = (
         f"{start}{noun.text} {words.concord(kind, noun)}{root}{{}} {adjunct}" for kind in ("negative", "subject")
@@ -537,9 +536,7 @@ def negative_perfect(words: Lexicon, rng: Random) -> Couple | None:
 
 def _unlike_relative(words: Lexicon) -> list[Noun]:
     """Leave out class 2, where "aba-" with a final -a is "who" and not a broken negative."""
-    return [
-        noun for noun in _of(words, "person") if words.concord("negative", noun) != words.concord("relative", noun)
-    ]
+    return [noun for noun in _of(words, "person") if words.concord("negative", noun) != words.concord("relative", noun)]
 
 
 def subjunctive(words: Lexicon, rng: Random) -> Couple | None:
@@ -556,10 +553,8 @@ def subjunctive(words: Lexicon, rng: Random) -> Couple | None:
 
 def participial(words: Lexicon, rng: Random) -> Couple | None:
     """Uma umfana edlala ekhaya, … / *udlala; ngiyazi ukuthi umfana udlala ekhaya / *edlala."""
-    nouns = [
-        noun for noun in _of(words, "person") if words.concord("participial", noun) != words.concord("subject", noun)
-    ]
-    noun = _draw(rng, nouns)
+    # Class 1 alone: elsewhere the two are the same, or, in classes 2 and 6, the indicative is also a remote past.
+    noun = _draw(rng, [noun for noun in _of(words, "person") if noun.noun_class == "1"])
     root, adjunct = (rng.choice(words.data["activities"][key]) for key in ("roots", "adjuncts"))
     clause = f"{noun.text} {{}}{root}a {adjunct}"
     start, end, fact = (rng.choice(words.openers[key]) for key in ("while", "after_while", "fact"))
@@ -583,7 +578,9 @@ def relative_suffix(words: Lexicon, rng: Random) -> Couple | None:
     """Ngibona umfana ohambayo / *ohamba; ngiyazi ukuthi umfana uyahamba / *uyahambayo."""
     # In class 6 the verb without -yo is also a remote past.
     nouns = [
-        noun for noun in _of(words, "person", "animal") if words.concord("remote", noun) != words.concord("relative", noun)
+        noun
+        for noun in _of(words, "person", "animal")
+        if words.concord("remote", noun) != words.concord("relative", noun)
     ]
     noun = _draw(rng, nouns)
     root = rng.choice(words.verbs(noun))
@@ -596,12 +593,14 @@ def relative_suffix(words: Lexicon, rng: Random) -> Couple | None:
 
 
 def passive(words: Lexicon, rng: Random) -> Couple | None:
-    """Incwadi ifundwa yingane / *ifunda yingane; ingane ifunda incwadi / *ifundwa incwadi."""
-    agent, patient = _draw(rng, _of(words, "person")), _draw(rng, _of(words, *ANY))
+    """Incwadi ifundwa yingane / *ifunda yingane; incwadi ingane iyayifunda / *iyayifundwa."""
+    agent, patient = _draw(rng, _of(words, "person")), _draw(rng, words.nouns)
     root, start = rng.choice(words.transitive(patient)), rng.choice(words.openers["present"])
+    # In the mirror the object is a topic: after the verb it could be an agent whose ng- or y- is left out.
+    verb = f"{words.concord('subject', agent)}ya{words.concord('object', patient)}"
     return Couple(
         f"{start}{patient.text} {words.concord('subject', patient)}{{}} {_copulative(agent)}{agent.text}",
-        f"{start}{agent.text} {words.concord('subject', agent)}{{}} {patient.text}",
+        f"{start}{patient.text} {agent.text} {verb}{{}}",
         f"{words.passive(root)}a", f"{root}a",
     )  # fmt: skip
 
@@ -615,7 +614,7 @@ def copulative(words: Lexicon, rng: Random) -> Couple | None:
     agents = _of(words, "person")
     first = _draw(rng, [noun for noun in agents if noun.text[0] == "u"])
     second = _draw(rng, [noun for noun in agents if noun.text[0] == "i"])
-    patient = _draw(rng, _of(words, *ANY))
+    patient = _draw(rng, words.nouns)
     root, start = rng.choice(words.transitive(patient)), rng.choice(words.openers["present"])
     verb = f"{start}{patient.text} {words.concord('subject', patient)}{words.passive(root)}a {{}}"
     return Couple(verb + first.text, verb + second.text, "ng", "y")
@@ -629,7 +628,8 @@ def coalescence(words: Lexicon, rng: Random) -> Couple | None:
         _draw(rng, [noun for noun in _of(words, *tags) if noun.noun_class in classes and not noun.has_short_prefix])
         for classes in (("1", "3"), ("4", "7", "8", "10"))
     )
-    verb = f"{rng.choice(['ngi', 'si', 'uSipho u', 'bonke ba'])}{rng.choice(words.data['together'][key])}a n{{}}"
+    who, root = (rng.choice(words.data["together"][part]) for part in ("who", key))
+    verb = f"{who}{root}a n{{}}"
     return Couple(verb + first.text[1:], verb + second.text[1:], "o", "e")
 
 
