@@ -396,8 +396,8 @@ def _print_judgement(judgement: "Judgement", show: bool, as_json: bool) -> None:
     wrong = [verdict for verdict in judgement.verdicts if verdict.credit < 1] if show else []
     if as_json:
         for verdict in wrong:
-            typer.echo(json.dumps({**asdict(verdict.pair), "good_nats": verdict.good_nats, "bad_nats": verdict.bad_nats},
-                                  ensure_ascii=False))  # fmt: skip
+            record = {**asdict(verdict.pair), "good_nats": verdict.good_nats, "bad_nats": verdict.bad_nats}
+            typer.echo(json.dumps(record, ensure_ascii=False))
         for row in judgement.rows:
             typer.echo(json.dumps(row.as_dict(), ensure_ascii=False))
         typer.echo(json.dumps({"phenomenon": "mean", "accuracy": judgement.mean}))

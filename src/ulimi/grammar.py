@@ -17,7 +17,7 @@ Light floor: this module knows no model and no files but its own.
 import re
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from random import Random
@@ -227,32 +227,31 @@ def _draw(rng: Random, nouns: Sequence[Noun]) -> Noun:
     return rng.choice([noun for noun in nouns if noun.noun_class == wanted])
 
 
-def _excludes(noun: Noun, other: Noun) -> bool:
-    """Tell whether a marker of the other noun's class is wrong with this noun on every reading.
+def _excludes(noun: Noun, other: Noun, form: Callable[[Noun], str]) -> bool:
+    """Tell whether the other noun's marker is wrong with this noun on every reading.
 
     People may take the concords of classes 1 and 2 whatever their own class, and a plural of people may go with si-,
-    "we".
+    "we". What counts is how a marker is spelt: u- is that of class 3 too.
     """
-    if noun.tag != "person":
-        return True
-    if noun.noun_class not in HUMAN_CLASSES and other.noun_class in HUMAN_CLASSES:
-        return False
-    return not (noun.is_plural and other.noun_class == "7")
+    if noun.tag != "person" or form(noun) == form(other):
+        return form(noun) != form(other)
+    allowed = [] if noun.noun_class in HUMAN_CLASSES else [*HUMAN_CLASSES]
+    if noun.is_plural:
+        allowed.append("7")
+    return form(other) not in [form(replace(other, noun_class=name)) for name in allowed]
 
 
-def _draw_two(
-    words: Lexicon, rng: Random, nouns: Sequence[Noun], form: Callable[[Noun], str]
-) -> tuple[Noun, Noun] | None:
+def _draw_two(rng: Random, nouns: Sequence[Noun], form: Callable[[Noun], str]) -> tuple[Noun, Noun] | None:
     """Draw two nouns whose markers differ, each marker wrong with the other noun."""
     first, second = _draw(rng, nouns), _draw(rng, nouns)
-    if form(first) == form(second) or not _excludes(first, second) or not _excludes(second, first):
+    if not _excludes(first, second, form) or not _excludes(second, first, form):
         return None
     return first, second
 
 
 def _subject(words: Lexicon, rng: Random, concord: str, opener: str, tense: Callable[[str], str]) -> Couple | None:
     """Agree a verb with the subject before it; `tense` gives the rest of the verb, after the concord."""
-    two = _draw_two(words, rng, words.nouns, lambda noun: words.concord(concord, noun))
+    two = _draw_two(rng, words.nouns, lambda noun: words.concord(concord, noun))
     roots = words.verbs(*two) if two else []
     # Aka- is also heard in class 6.
     if not two or not roots or (concord == "negative" and {noun.noun_class for noun in two} == {"1", "6"}):
@@ -320,7 +319,7 @@ def subject_across_possessor(words: Lexicon, rng: Random) -> Couple | None:
     first, second = concord(head), concord(mirror_head)
     if first == second or concord(possessor) != second or concord(mirror_possessor) != first:
         return None
-    if not (_excludes(head, possessor) and _excludes(mirror_head, mirror_possessor)):
+    if not (_excludes(head, possessor, concord) and _excludes(mirror_head, mirror_possessor, concord)):
         return None
     phrases = [
         f"{noun.text} {words.possessive(noun, other)}"
@@ -336,7 +335,7 @@ def subject_across_possessor(words: Lexicon, rng: Random) -> Couple | None:
 
 def subject_across_relative(words: Lexicon, rng: Random) -> Couple | None:
     """Abafana abathanda inja bayahamba / *iyahamba: the wrong concord is that of the object beside the verb."""
-    two = _draw_two(words, rng, _of(words, "person", "animal"), lambda noun: words.concord("subject", noun))
+    two = _draw_two(rng, _of(words, "person", "animal"), lambda noun: words.concord("subject", noun))
     if not two:
         return None
     start, root, inner = (
@@ -363,7 +362,7 @@ def object_afterthought(words: Lexicon, rng: Random) -> Couple | None:
 
 
 def _object(words: Lexicon, rng: Random, topic: bool) -> Couple | None:
-    two = _draw_two(words, rng, words.nouns, lambda noun: words.concord("object", noun))
+    two = _draw_two(rng, words.nouns, lambda noun: words.concord("object", noun))
     if not two:
         return None
     # Not si-: people in the plural and "we" go together (abafana siyambona).
@@ -375,7 +374,7 @@ def _object(words: Lexicon, rng: Random, topic: bool) -> Couple | None:
 def pronoun_with(words: Lexicon, rng: Random) -> Couple | None:
     """Umfana ngikhuluma naye / *nabo."""
     tags, key = rng.choice([(("person",), "person"), (("thing", "text", "food", "animal"), "thing")])
-    two = _draw_two(words, rng, _of(words, *tags), words.with_pronoun)
+    two = _draw_two(rng, _of(words, *tags), words.with_pronoun)
     if not two:
         return None
     verb = f"{rng.choice(['ngi', 'ngizo'])}{rng.choice(words.data['together'][key])}a {{}}"
@@ -395,7 +394,7 @@ def possessive(words: Lexicon, rng: Random) -> Couple | None:
     def form(noun: Noun) -> str:
         return words.possessive(noun, possessor)
 
-    two = _draw_two(words, rng, words.nouns, form)
+    two = _draw_two(rng, words.nouns, form)
     # As two words "this": lo mfana, le ngane; kwa- is also "at"; and amabhuku + abafana looks like two nouns.
     if not two or any(form(noun).startswith(("lo", "le", "k")) or form(noun) == possessor.text for noun in two):
         return None
@@ -410,12 +409,12 @@ def possessive_of_name(words: Lexicon, rng: Random) -> Couple | None:
     def form(noun: Noun) -> str:
         return words.concord("ka", noun) + name
 
-    return _within_object(rng, words, _draw_two(words, rng, words.nouns, form), form)
+    return _within_object(rng, words, _draw_two(rng, words.nouns, form), form)
 
 
 def adjective(words: Lexicon, rng: Random) -> Couple | None:
     """Ngibona umfana omude / *abade."""
-    two = _draw_two(words, rng, words.nouns, lambda noun: words.concord("adjective", noun) + _nasal(words, noun))
+    two = _draw_two(rng, words.nouns, lambda noun: words.concord("adjective", noun) + _nasal(words, noun))
     stems = words.stems("adjectives", *two) if two else []
     if not stems:
         return None
@@ -427,7 +426,7 @@ def adjective_predicate(words: Lexicon, rng: Random) -> Couple | None:
     """Siyabona ukuthi umfana mude / *bade."""
     # Kuhle, kubi, kude are also "it is good", "it is bad", "far".
     nouns = [noun for noun in words.nouns if noun.noun_class != "15"]
-    two = _draw_two(words, rng, nouns, lambda noun: words.concord("predicate", noun) + _nasal(words, noun))
+    two = _draw_two(rng, nouns, lambda noun: words.concord("predicate", noun) + _nasal(words, noun))
     stems = words.stems("adjectives", *two) if two else []
     if not two or not stems:
         return None
@@ -448,12 +447,12 @@ def numeral(words: Lexicon, rng: Random) -> Couple | None:
         return words.adjective(noun, stem)
 
     plurals = [noun for noun in words.nouns if noun.is_plural]
-    return _within_object(rng, words, _draw_two(words, rng, plurals, form), form)
+    return _within_object(rng, words, _draw_two(rng, plurals, form), form)
 
 
 def relative(words: Lexicon, rng: Random) -> Couple | None:
     """Ngibona umfana oqotho / *abaqotho."""
-    two = _draw_two(words, rng, words.nouns, lambda noun: words.concord("relative", noun))
+    two = _draw_two(rng, words.nouns, lambda noun: words.concord("relative", noun))
     stems = words.stems("relatives", *two) if two else []
     if not stems:
         return None
@@ -463,7 +462,7 @@ def relative(words: Lexicon, rng: Random) -> Couple | None:
 
 def relative_verb(words: Lexicon, rng: Random) -> Couple | None:
     """Ngibona umfana ogijimayo / *abagijimayo."""
-    two = _draw_two(words, rng, words.nouns, lambda noun: words.concord("relative", noun))
+    two = _draw_two(rng, words.nouns, lambda noun: words.concord("relative", noun))
     roots = words.verbs(*two) if two else []
     if not roots:
         return None
@@ -478,7 +477,7 @@ def demonstrative(words: Lexicon, rng: Random) -> Couple | None:
     def form(noun: Noun) -> str:
         return str(words.classes[noun.noun_class]["demonstrative"][distance])
 
-    two = _draw_two(words, rng, [noun for noun in words.nouns if not noun.has_short_prefix], form)
+    two = _draw_two(rng, [noun for noun in words.nouns if not noun.has_short_prefix], form)
     roots = words.verbs(*two) if two else []
     if not two or not roots:
         return None
@@ -495,7 +494,7 @@ def quantifier_all(words: Lexicon, rng: Random) -> Couple | None:
     def form(noun: Noun) -> str:
         return words.concord("all", noun)
 
-    two = _draw_two(words, rng, [noun for noun in words.nouns if form(noun)], form)
+    two = _draw_two(rng, [noun for noun in words.nouns if form(noun)], form)
     return _within_object(rng, words, two, form, before=rng.random() < 0.5)
 
 
@@ -505,7 +504,7 @@ def quantifier_alone(words: Lexicon, rng: Random) -> Couple | None:
     def form(noun: Noun) -> str:
         return words.concord("alone", noun)
 
-    two = _draw_two(words, rng, [noun for noun in words.nouns if form(noun)], form)
+    two = _draw_two(rng, [noun for noun in words.nouns if form(noun)], form)
     return _within_object(rng, words, two, form)
 
 
@@ -514,7 +513,8 @@ def quantifier_alone(words: Lexicon, rng: Random) -> Couple | None:
 
 def negative_final(words: Lexicon, rng: Random) -> Couple | None:
     """Umfana akadlali ekhaya / *akadlala; umfana udlala ekhaya / *udlali."""
-    noun, start = _draw(rng, _unlike_relative(words)), rng.choice(["", *words.openers["fact"]])
+    # After "that": alone, azicula ekhaya could be a relative, "whom he sings of at home".
+    noun, start = _draw(rng, _unlike_relative(words)), rng.choice(words.openers["fact"])
     root, adjunct = (rng.choice(words.data["activities"][key]) for key in ("roots", "adjuncts"))
     first, second = (
         f"{start}{noun.text} {words.concord(kind, noun)}{root}{{}} {adjunct}" for kind in ("negative", "subject")
