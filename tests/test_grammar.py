@@ -411,6 +411,8 @@ def test_forms_that_are_also_another_word_do_not_occur(all_pairs):
     # Lo mfana, le ngane: written as one word a possessive would look like them.
     bad = {changed(pair)[1] for pair in all_pairs["possessive"]}
     assert not [word for word in bad if re.match("lo|le|kwa|ko", word)]
+    # Ngabafana is also "by means of the boys".
+    assert not [word for pair in all_pairs["passive"] for word in tokens(pair.bad) if re.match("ng[ao]", word)]
     # In the present a class 2 subject with a final -a after aba- is a relative clause.
     assert not [word for pair in all_pairs["negative-final"] for word in changed(pair) if word.startswith("aba")]
 

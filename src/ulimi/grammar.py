@@ -594,7 +594,9 @@ def relative_suffix(words: Lexicon, rng: Random) -> Couple | None:
 
 def passive(words: Lexicon, rng: Random) -> Couple | None:
     """Incwadi ifundwa yingane / *ifunda yingane; incwadi ingane iyayifunda / *iyayifundwa."""
-    agent, patient = _draw(rng, _of(words, "person")), _draw(rng, words.nouns)
+    # Ngabafana, ngothisha are also "by means of": an agent in a- or o- would leave the active a reading.
+    agents = [noun for noun in _of(words, "person") if noun.text[0] in "ui"]
+    agent, patient = _draw(rng, agents), _draw(rng, words.nouns)
     root, start = rng.choice(words.transitive(patient)), rng.choice(words.openers["present"])
     # In the mirror the object is a topic: after the verb it could be an agent whose ng- or y- is left out.
     verb = f"{words.concord('subject', agent)}ya{words.concord('object', patient)}"
