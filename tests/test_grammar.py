@@ -5,6 +5,7 @@ import tomllib
 from collections import Counter
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -452,3 +453,9 @@ def test_every_draw_is_a_couple_of_two_markers():
         made = [couple for couple in couples if couple is not None]
         assert made, name
         assert all(couple.first != couple.second for couple in made), name
+
+
+def test_the_document_explains_every_phenomenon():
+    text = (Path(__file__).parent.parent / "docs" / "grammar.md").read_text(encoding="utf-8")
+    assert re.findall(r"^- `([a-z-]+)`: ", text, re.M) == phenomena()
+    assert f"each of the {len(phenomena())} phenomena" in text
