@@ -268,6 +268,8 @@ def test_markers_are_right_as_often_as_wrong(all_pairs, name):
     assert Counter(marker(pair)[0] for pair in found) == Counter(marker(pair)[1] for pair in found)
     for first, second in zip(found[::2], found[1::2], strict=True):
         assert marker(first) == marker(second)[::-1]
+        assert first.mirrors(second)
+        assert not first.mirrors(first)
     longer = sum(len(pair.good) > len(pair.bad) for pair in found)
     shorter = sum(len(pair.good) < len(pair.bad) for pair in found)
     assert longer == shorter

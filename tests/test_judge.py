@@ -76,6 +76,36 @@ def test_accuracy_is_of_the_pairs_and_the_mean_of_the_phenomena():
     ]  # fmt: skip
 
 
+COUPLES = [
+    Pair("a", "Umfana uyahamba.", "Umfana bayahamba."), Pair("a", "Abafana bayahamba.", "Abafana uyahamba."),
+    Pair("a", "Inja iyahamba.", "Inja liyahamba."), Pair("a", "Ikati liyahamba.", "Ikati iyahamba."),
+]  # fmt: skip
+
+
+def test_a_couple_is_judged_by_its_two_pairs_together():
+    """The model likes ba- by 4 nats, li- by 1; in the first couple it also knows a little, in the second nothing."""
+    nats = [10.0, 7.0, 6.0, 11.0, 9.0, 8.0, 8.0, 9.0]
+    by_sentence = dict(zip([s for pair in COUPLES for s in (pair.good, pair.bad)], nats, strict=True))
+    judgement = judge(lambda sentences: [by_sentence[s] for s in sentences], COUPLES)
+    (row,) = judgement.rows
+    assert [verdict.credit for verdict in judgement.verdicts] == [0.0, 1.0, 0.0, 1.0]
+    assert (row.accuracy, row.num_couples, row.correct_couples, row.couple_accuracy) == (0.5, 2, 1.5, 0.75)
+    assert judgement.couple_mean == 0.75
+
+
+def test_pairs_without_their_mirror_image_are_no_couples():
+    for asked in (COUPLES[:1], [COUPLES[0], COUPLES[2]], TWO):
+        judgement = judge(lambda sentences: [1.0] * len(sentences), asked)
+        assert judgement.couple_mean is None
+        assert [row.couple_accuracy for row in judgement.rows] == [None] * len(judgement.rows)
+
+
+def test_every_shipped_pair_is_half_of_a_couple_and_no_context_no_knowledge(shipped):
+    judgement = judge(lambda sentences: [float(len(s)) for s in sentences], shipped)
+    assert {(row.num_couples, row.couple_accuracy) for row in judgement.rows} == {(100, 0.5)}
+    assert judge(knowing(shipped), shipped).couple_mean == 1.0
+
+
 def test_a_sentence_that_cannot_be_is_worse_than_any(shipped):
     judgement = judge(lambda sentences: [math.inf if s.startswith("bad") else 5.0 for s in sentences], TWO)
     assert judgement.mean == 1.0
@@ -261,7 +291,7 @@ def refused(ulimi):
 def test_judge_prints_a_row_a_phenomenon_and_the_mean(works, tiny_run):
     result = works("judge", "-m", tiny_run.dir, "--num", "10")
     header, *rows, mean = (line.split("\t") for line in result.out.splitlines())
-    assert [cell.strip() for cell in header] == ["phenomenon", "pairs", "accuracy", "low", "high"]
+    assert [cell.strip() for cell in header] == ["phenomenon", "pairs", "accuracy", "low", "high", "couples"]
     assert [row[0].strip() for row in rows] == phenomena()
     assert {row[1] for row in rows} == {"10"}
     accuracies = [float(row[2]) for row in rows]
@@ -275,8 +305,10 @@ def test_judge_prints_a_row_a_phenomenon_and_the_mean(works, tiny_run):
 def test_judge_prints_json(works, tiny_run):
     *rows, mean = works("judge", "-m", tiny_run.dir, "--num", "10", "--json").json
     assert [row["phenomenon"] for row in rows] == phenomena()
-    assert {tuple(row) for row in rows} == {("phenomenon", "num", "accuracy", "low", "high")}
-    assert mean == {"phenomenon": "mean", "accuracy": pytest.approx(sum(row["accuracy"] for row in rows) / len(rows))}
+    assert {tuple(row) for row in rows} == {("phenomenon", "num", "accuracy", "low", "high", "couples")}
+    for key in ("accuracy", "couples"):
+        assert mean[key] == pytest.approx(sum(row[key] for row in rows) / len(rows))
+    assert set(mean) == {"phenomenon", "accuracy", "couples"}
 
 
 def test_judge_asks_for_the_phenomena_that_are_named(works, tiny_run):

@@ -400,19 +400,28 @@ def _print_judgement(judgement: "Judgement", show: bool, as_json: bool) -> None:
             typer.echo(json.dumps(record, ensure_ascii=False))
         for row in judgement.rows:
             typer.echo(json.dumps(row.as_dict(), ensure_ascii=False))
-        typer.echo(json.dumps({"phenomenon": "mean", "accuracy": judgement.mean}))
+        typer.echo(json.dumps({"phenomenon": "mean", "accuracy": judgement.mean, "couples": judgement.couple_mean}))
         return
     for verdict in wrong:
         pair = verdict.pair
         typer.echo(f"{pair.phenomenon}\t{verdict.good_nats:.3f}\t{verdict.bad_nats:.3f}\t{pair.good}\t*{pair.bad}")
     width = max(len(name) for name in ("phenomenon", *(row.phenomenon for row in judgement.rows)))
-    typer.echo(f"{'phenomenon':<{width}}\tpairs\taccuracy\tlow\thigh")
+    typer.echo(f"{'phenomenon':<{width}}\tpairs\taccuracy\tlow\thigh\tcouples")
     for row in judgement.rows:
         low, high = row.interval
-        typer.echo(f"{row.phenomenon:<{width}}\t{row.num}\t{row.accuracy:.3f}   \t{low:.3f}\t{high:.3f}")
-    typer.echo(f"{'mean':<{width}}\t{len(judgement.verdicts)}\t{judgement.mean:.3f}")
-    typer.echo("accuracy: share of pairs whose correct sentence is the more probable; chance is 50 %; "
-               "low, high: 95 % interval", err=True)  # fmt: skip
+        couples = _share(row.couple_accuracy)
+        typer.echo(f"{row.phenomenon:<{width}}\t{row.num}\t{_share(row.accuracy)}   \t{low:.3f}\t{high:.3f}\t{couples}")
+    mean, couples = _share(judgement.mean), _share(judgement.couple_mean)
+    typer.echo(f"{'mean':<{width}}\t{len(judgement.verdicts)}\t{mean}   \t\t\t{couples}")
+    typer.echo(
+        "accuracy: share of pairs whose correct sentence is the more probable; low, high: its 95 % interval; "
+        "couples: share of mirrored couples whose two correct sentences together are; chance is 50 %",
+        err=True,
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 @app.command()

@@ -41,6 +41,18 @@ class Pair:
     good: str
     bad: str
 
+    @property
+    def markers(self) -> tuple[str, str]:
+        """What differs, right and wrong, without what both begin and end with."""
+        start = _common_start(self.good, self.bad)
+        good, bad = self.good[start:].lower(), self.bad[start:].lower()
+        end = _common_start(good[::-1], bad[::-1])
+        return good[: len(good) - end], bad[: len(bad) - end]
+
+    def mirrors(self, other: "Pair") -> bool:
+        """Tell whether the other pair is this one's mirror image: its markers are these, the other way round."""
+        return self.phenomenon == other.phenomenon and self.markers == other.markers[::-1]
+
 
 @dataclass(frozen=True)
 class Noun:
@@ -194,6 +206,11 @@ def pairs(phenomenon: str, num: int = 200, seed: int = 0) -> list[Pair]:
 
 
 # Building blocks
+
+
+def _common_start(one: str, other: str) -> int:
+    alike = (a == b for a, b in zip(one, other, strict=False))
+    return next((place for place, same in enumerate(alike) if not same), min(len(one), len(other)))
 
 
 def _read_forms(forms: dict[str, str], tag: str) -> list[Noun]:

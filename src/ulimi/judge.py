@@ -3,6 +3,10 @@
 The measure of BLiMP (Warstadt et al. 2020): the share of pairs whose correct sentence has the higher total probability;
 a tie counts one half, and chance is one half. Sentences of a pair differ in one marker, so no correction for length.
 
+Where a pair is followed by its mirror image, as the shipped ones are, a couple of pairs is judged too: are its two
+correct sentences together more probable than the two wrong ones? Liking or disliking a marker whatever the context, a
+long one for instance, cancels out there, and what is left is whether the model knows where it belongs.
+
 Light floor: a model is any function from sentences to nats; transformers and torch are imported when one of theirs is
 asked for.
 """
@@ -41,9 +45,7 @@ class Verdict:
     @property
     def credit(self) -> float:
         """1 where the good sentence is the more probable, 0 where the bad one is, one half for a tie."""
-        if self.good_nats == self.bad_nats:
-            return 0.5
-        return float(self.good_nats < self.bad_nats)
+        return _credit(self.good_nats, self.bad_nats)
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,18 @@ class Row:
     num: int
     correct: float
     """pairs, a tie being one half"""
+    num_couples: int = 0
+    correct_couples: float = 0.0
 
     @property
     def accuracy(self) -> float:
         """Share of the pairs."""
         return self.correct / self.num
+
+    @property
+    def couple_accuracy(self) -> float | None:
+        """Share of the couples; None where there are none."""
+        return self.correct_couples / self.num_couples if self.num_couples else None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -71,7 +80,14 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """The keys of `--json`."""
         low, high = self.interval
-        return {"phenomenon": self.phenomenon, "num": self.num, "accuracy": self.accuracy, "low": low, "high": high}
+        return {
+            "phenomenon": self.phenomenon,
+            "num": self.num,
+            "accuracy": self.accuracy,
+            "low": low,
+            "high": high,
+            "couples": self.couple_accuracy,
+        }
 
 
 @dataclass(frozen=True)
@@ -83,16 +99,35 @@ class Judgement:
     @property
     def rows(self) -> list[Row]:
         """A row a phenomenon, in the order in which they first came."""
-        credits: dict[str, list[float]] = {}
+        by_name: dict[str, list[Verdict]] = {}
         for verdict in self.verdicts:
-            credits.setdefault(verdict.pair.phenomenon, []).append(verdict.credit)
-        return [Row(name, len(values), sum(values)) for name, values in credits.items()]
+            by_name.setdefault(verdict.pair.phenomenon, []).append(verdict)
+        return [_row(name, verdicts) for name, verdicts in by_name.items()]
 
     @property
     def mean(self) -> float:
         """The macro mean: each phenomenon counts alike, whatever its number of pairs."""
         rows = self.rows
         return sum(row.accuracy for row in rows) / len(rows)
+
+    @property
+    def couple_mean(self) -> float | None:
+        """The same of couples, over the phenomena that have some."""
+        known = [row.couple_accuracy for row in self.rows if row.couple_accuracy is not None]
+        return sum(known) / len(known) if known else None
+
+
+def _row(phenomenon: str, verdicts: list[Verdict]) -> Row:
+    couples = [
+        _credit(first.good_nats + second.good_nats, first.bad_nats + second.bad_nats)
+        for first, second in zip(verdicts[::2], verdicts[1::2], strict=False)
+        if first.pair.mirrors(second.pair)
+    ]
+    return Row(phenomenon, len(verdicts), sum(v.credit for v in verdicts), len(couples), sum(couples))
+
+
+def _credit(good_nats: float, bad_nats: float) -> float:
+    return 0.5 if good_nats == bad_nats else float(good_nats < bad_nats)
 
 
 def judge(score: Scorer, pairs: Sequence[Pair]) -> Judgement:
