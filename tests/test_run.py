@@ -24,13 +24,13 @@ from ulimi.train import Progress
 
 LAYERS = [
     {"errors"},
-    {"files"},
+    {"files", "grammar"},
     {"tokenizer", "corpus"},
     {"run", "clean"},
     {"data", "distribution", "ngram"},
     {"engine", "provenance"},
     {"sampling", "words", "score", "info", "progress"},
-    {"generate", "spelling", "baseline"},
+    {"generate", "spelling", "baseline", "judge"},
     {"beam", "suggest"},
     {"writer", "keystrokes"},
     {"recipe", "model", "loss", "plot"},

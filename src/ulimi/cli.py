@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +25,7 @@ from ulimi.errors import UlimiError
 if TYPE_CHECKING:
     from ulimi.data import EncodedText
     from ulimi.engine import Engine
+    from ulimi.judge import Judgement
     from ulimi.run import Run
     from ulimi.score import Score
     from ulimi.words import Word
@@ -244,6 +245,12 @@ def evaluate(
     ] = False,
     suggestions: Annotated[int | None, typer.Option(min=1, help="Those that --keystrokes looks at (3).")] = None,
     max_lines: Annotated[int | None, typer.Option(min=1, help="--keystrokes: the first lines of a file only.")] = None,
+    distribution: Annotated[
+        bool, typer.Option("--distribution", help="Epsilon-perplexity, sparsemax score, JS divergence, instead.")
+    ] = False,
+    epsilon: Annotated[
+        float | None, typer.Option(min=0.0, help="--distribution: added to probabilities (1e-5).")
+    ] = None,
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -261,11 +268,19 @@ def evaluate(
         raise UlimiError("--stateless reads each line by itself; --cache and --dynamic need one stream")
     if keystrokes and (cache or dynamic or stateless):
         raise UlimiError("--keystrokes types each line by itself; leave out --cache, --dynamic and --stateless")
+    if distribution and (cache or dynamic or stateless or keystrokes):
+        raise UlimiError("--distribution reads one stream; leave out --cache, --dynamic, --stateless and --keystrokes")
+    if epsilon is not None and not distribution:
+        raise UlimiError("--epsilon goes with --distribution")
     if not keystrokes and (suggestions or max_lines):
         raise UlimiError(f"--{'suggestions' if suggestions else 'max-lines'} goes with --keystrokes")
     run = open_run(model)
     if keystrokes:
         _evaluate_keystrokes(run, load_engine(run, device, kind=engine), files, suggestions or 3, max_lines, as_json)
+        return
+    if distribution:
+        scored = load_engine(run, device, kind=_engine_for_figures(run, engine))
+        _evaluate_distribution(run, scored, files, epsilon, as_json)
         return
     cache_settings = _settings_of("--cache", cache, theta=cache_theta, lambda_=cache_lambda, window=cache_window)
     dynamic_settings = _settings_of(
@@ -277,6 +292,8 @@ def evaluate(
     if cache or dynamic:
         _need_training_extra()
         run.need_network("--cache" if cache else "--dynamic")
+        if run.alpha != 1:
+            raise UlimiError(f"{run.dir} is a sparse model (entmax): --cache and --dynamic are for softmax models")
         from ulimi.adapt import Cache, Dynamic
 
         scorer = _adaptive_scorer(
@@ -335,6 +352,33 @@ def _evaluate_keystrokes(
         )
         for name, cost in rows
     ])  # fmt: skip
+
+
+def _evaluate_distribution(
+    run: "Run", engine: "Engine", files: list[Path], epsilon: float | None, as_json: bool
+) -> None:
+    from ulimi.data import encode_file
+    from ulimi.distribution import EPSILON
+    from ulimi.progress import counting
+    from ulimi.score import score_distribution
+
+    table = [("file", "tokens", "epsilon", "eps-ppl", "sparsemax", "JS", "support", "impossible")]
+    for path in files:
+        with counting(f"reading {path}") as on_tokens:
+            ids = encode_file(path, run.tokenizer).ids
+            scores = score_distribution(
+                engine, ids, run.tokenizer.eos_id, EPSILON if epsilon is None else epsilon, on_tokens
+            ).as_dict()
+        if as_json:
+            typer.echo(json.dumps({"file": str(path), **scores}))
+        perplexity = scores["epsilon_perplexity"]
+        table.append((
+            str(path), f"{scores['num_tokens']:,}", f"{scores['epsilon']:g}",
+            "inf" if perplexity is None else f"{perplexity:.2f}", f"{scores['sparsemax_score']:.4f}",
+            f"{scores['js_divergence']:.4f}", f"{scores['support']:.1f}", f"{scores['impossible']:.2%}",
+        ))  # fmt: skip
+    if not as_json:
+        _print_table(table)
 
 
 def _settings_of(switch: str, on: bool, **given: float | None) -> dict[str, Any]:
@@ -419,6 +463,88 @@ def score(
             s = line_score
             typer.echo(f"{s.nats:.4f}\t{s.num_tokens}\t{s.num_chars}\t{s.bits_per_char:.4f}\t{line}")
     _warn_unknown("standard input" if file == "-" else file, num_unknown)
+
+
+@app.command()
+def judge(
+    model: Annotated[Path | None, typer.Option("--model", "-m", metavar="RUN", help="The run folder.")] = None,
+    hf: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Instead: a Hugging Face causal model's local folder.")
+    ] = None,
+    phenomenon: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="Pairs a phenomenon.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pairs.")] = 0,
+    pairs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Your own pairs: phenomenon, good, bad, tabs between.")
+    ] = None,
+    write: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the pairs that are judged.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Also print the pairs that are judged wrongly.")] = False,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Ask minimal pairs of isiZulu grammar: how often is the correct sentence the more probable one?"""
+    from ulimi import grammar
+    from ulimi.engine import load_engine
+    from ulimi.judge import hf_scorer, read_pairs, run_scorer, write_pairs
+    from ulimi.judge import judge as judge_pairs
+    from ulimi.run import open_run
+
+    if (model is None) == (hf is None) and (hf is not None or write is None):
+        raise UlimiError("judge needs one model, --model RUN or --hf DIR; --write FILE alone needs none")
+    chosen = [*dict.fromkeys(phenomenon or [])]
+    if pairs is None:
+        for name in chosen:
+            grammar.check_phenomenon(name)
+        asked = [pair for name in chosen or grammar.phenomena() for pair in grammar.pairs(name, num, seed)]
+    else:
+        asked = read_pairs(pairs)
+        known = dict.fromkeys(pair.phenomenon for pair in asked)
+        if absent := [name for name in chosen if name not in known]:
+            raise UlimiError(f"--phenomenon {absent[0]}: {pairs} has {', '.join(known)}")
+        asked = [pair for pair in asked if not chosen or pair.phenomenon in chosen]
+    if write is not None:
+        write_pairs(write, asked)
+    if hf is not None:
+        scorer = hf_scorer(hf)
+    elif model is not None:
+        run = open_run(model)
+        scorer = run_scorer(load_engine(run, device, kind=_engine_for_figures(engine)), run.tokenizer)
+    else:
+        return
+    _print_judgement(judge_pairs(scorer, asked), show, as_json)
+
+
+def _print_judgement(judgement: "Judgement", show: bool, as_json: bool) -> None:
+    wrong = [verdict for verdict in judgement.verdicts if verdict.credit < 1] if show else []
+    if as_json:
+        for verdict in wrong:
+            record = {**asdict(verdict.pair), "good_nats": verdict.good_nats, "bad_nats": verdict.bad_nats}
+            typer.echo(json.dumps(record, ensure_ascii=False))
+        for row in judgement.rows:
+            typer.echo(json.dumps(row.as_dict(), ensure_ascii=False))
+        typer.echo(json.dumps({"phenomenon": "mean", "accuracy": judgement.mean, "couples": judgement.couple_mean}))
+        return
+    for verdict in wrong:
+        pair = verdict.pair
+        typer.echo(f"{pair.phenomenon}\t{verdict.good_nats:.3f}\t{verdict.bad_nats:.3f}\t{pair.good}\t*{pair.bad}")
+    width = max(len(name) for name in ("phenomenon", *(row.phenomenon for row in judgement.rows)))
+    typer.echo(f"{'phenomenon':<{width}}\tpairs\taccuracy\tlow\thigh\tcouples")
+    for row in judgement.rows:
+        low, high = row.interval
+        couples = _share(row.couple_accuracy)
+        typer.echo(f"{row.phenomenon:<{width}}\t{row.num}\t{_share(row.accuracy)}   \t{low:.3f}\t{high:.3f}\t{couples}")
+    mean, couples = _share(judgement.mean), _share(judgement.couple_mean)
+    typer.echo(f"{'mean':<{width}}\t{len(judgement.verdicts)}\t{mean}   \t\t\t{couples}")
+    typer.echo(
+        "accuracy: share of pairs whose correct sentence is the more probable; low, high: its 95 % interval; "
+        "couples: share of mirrored couples whose two correct sentences together are; chance is 50 %",
+        err=True,
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 @app.command()
