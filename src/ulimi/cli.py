@@ -509,7 +509,7 @@ def judge(
         scorer = hf_scorer(hf)
     elif model is not None:
         run = open_run(model)
-        scorer = run_scorer(load_engine(run, device, kind=_engine_for_figures(engine)), run.tokenizer)
+        scorer = run_scorer(load_engine(run, device, kind=_engine_for_figures(run, engine)), run.tokenizer)
     else:
         return
     _print_judgement(judge_pairs(scorer, asked), show, as_json)
