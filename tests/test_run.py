@@ -33,6 +33,8 @@ LAYERS = [
     {"generate", "spelling", "baseline", "judge"},
     {"beam", "suggest"},
     {"writer", "keystrokes"},
+    {"study"},
+    {"report"},
     {"recipe", "model", "loss", "plot"},
     {"optim", "adapt", "export"},
     {"train"},

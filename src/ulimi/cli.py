@@ -759,6 +759,74 @@ def suggest(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A held-out text: first words of its lines are the prompts.")],
+    models: Annotated[
+        list[Path], typer.Option("--model", "-m", metavar="RUN", help="The run folder; several are set side by side.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder of the study.")],
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread evenly over the text.")] = 100,
+    prompt_words: Annotated[int, typer.Option(min=1, help="Words of a prompt.")] = 5,
+    max_words: Annotated[int, typer.Option(min=1, help="Longest text, in words; it ends with its paragraph.")] = 40,
+    seeds: Annotated[int, typer.Option(min=1, help="Times that chance is tried.")] = 3,
+    strategy: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only those that begin like this; may be repeated.")
+    ] = None,
+    attested: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A large text, or a word list: which words are known.")
+    ] = None,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Compare every decoding strategy on prompts from a text; stopped, the same command goes on."""
+    _need_study_extra()
+    from ulimi.corpus import read_lines
+    from ulimi.data import encode_file
+    from ulimi.engine import load_engine
+    from ulimi.progress import working
+    from ulimi.report import markdown_table, model_table, write_report
+    from ulimi.run import open_run
+    from ulimi.score import score_distribution
+    from ulimi.study import Attested, Model, Settings, Study, choose_strategies, cut_prompts, digest_of, strategies
+
+    runs = [open_run(path) for path in models]
+    names = [run.dir.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        raise UlimiError(f"--model: the runs must have different names; got {', '.join(names)}")
+    loaded = [
+        Model(name, digest_of(run.model_files()), load_engine(run, device, kind=engine), run.tokenizer)
+        for name, run in zip(names, runs, strict=True)
+    ]
+    chosen = strategy or []
+    choose_strategies(chosen, strategies(loaded[0].engine.alpha, max_words))
+    known = Attested(attested) if attested else None
+    if known is not None:
+        _ = known.words  # now, not after hours
+    with file.open("rb") as text:
+        sha256 = hashlib.file_digest(text, "sha256").hexdigest()
+    settings = Settings(
+        file=file.name, file_sha256=sha256, prompts=tuple(cut_prompts(read_lines(file), num_prompts, prompt_words)),
+        seeds=tuple(range(1, seeds + 1)), max_words=max_words, models=tuple((m.name, m.digest) for m in loaded),
+    )  # fmt: skip
+    made = Study(out, settings)
+    with working() as say:
+        own = {}
+        for model, run in zip(loaded, runs, strict=True):
+            say(f"{model.name}: its distributions on {file}")
+            scores = score_distribution(model.engine, encode_file(file, run.tokenizer).ids, run.tokenizer.eos_id)
+            own[model.name] = scores.as_dict()
+        rows = made.run(loaded, chosen, known, lambda what, done, total: say(f"{done}/{total} {what}"))
+    notes = [
+        f"{len(settings.prompts)} prompts of {prompt_words} words from {file.name}; seeds {settings.seeds}; at most "
+        f"{max_words} words, up to the end of the paragraph. Intervals are 95 %.",
+    ]
+    if attested:
+        notes.append(f"attested: words of {', '.join(path.name for path in attested)}")
+    write_report(out, f"Decoding strategies on {file.name}", notes, own, rows)
+    typer.echo(f"{model_table(own)}\n\n{markdown_table(rows)}\n\n{out}/index.html shows samples and plots")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     valid: Annotated[
@@ -894,6 +962,12 @@ def _is_of_another_text(work_dir: Path, corpus: Path) -> bool:
             return bool(source["sha256"] != hashlib.file_digest(file, "sha256").hexdigest())
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _need_study_extra() -> None:
+    for module in ("sacrebleu", "jiwer", "mauve", "matplotlib"):
+        if find_spec(module) is None:
+            raise UlimiError(f"this command needs {module}: pip install 'ulimi[study]'")
 
 
 def _need_training_extra() -> None:

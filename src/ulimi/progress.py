@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
@@ -82,6 +83,17 @@ class TrainingProgress:
             f"valid {row['valid_nll']:.3f} nats/token, ppl {row['valid_perplexity']:.1f}, "
             f"{row['valid_bits_per_char']:.4f} bits/char{marks}"
         )
+
+
+@contextmanager
+def working() -> Iterator[Callable[[str], None]]:
+    """Say what is being done: in one place on a terminal, a line each elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda what: console.print(what, markup=False, soft_wrap=True)
+        return
+    with console.status("") as status:
+        yield lambda what: status.update(escape(what))
 
 
 @contextmanager

@@ -111,6 +111,11 @@ class Run:
         with self.weights_path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def model_files(self) -> list[Path]:
+        """What decides how the model computes, as far as it is there."""
+        names = (WEIGHTS, ONNX, NGRAMS, "config.json", "tokenizer.json")
+        return [self.dir / name for name in names if (self.dir / name).is_file()]
+
     def text_path(self, part: str) -> Path | None:
         """Find the text of a part ("train", "valid"): where the run remembers it, or in its own corpus/, or nowhere."""
         entry = self.meta.get("data", {}).get(part, {})
