@@ -103,7 +103,7 @@ class Figure:
 
 def strategies(alpha: float, max_words: int) -> list[Strategy]:
     """Give every strategy over its grid, for a model whose output is alpha-entmax (1: softmax)."""
-    ending = Ending(max_tokens=20 * max_words, at="paragraph", max_words=max_words)
+    ending = Ending(max_tokens=5 * max_words, at="paragraph", max_words=max_words)
 
     def sampled(name: str, repetition_penalty: float = 1.0, **sampling: Any) -> Strategy:
         chosen = Sampling(**{"alpha": alpha, **sampling})

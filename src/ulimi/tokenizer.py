@@ -327,6 +327,13 @@ class DecodeStream:
         self._held = [text[cut:]]
         return certain
 
+    def fork(self) -> "DecodeStream":
+        """Start another stream from here: each goes on by itself."""
+        twin = DecodeStream(self._tokenizer)
+        twin._words, twin._held, twin._after_word = self._words, list(self._held), self._after_word
+        twin._decoder.setstate(self._decoder.getstate())
+        return twin
+
     def flush(self) -> str:
         """Give what is held back; a character that never became complete is U+FFFD."""
         rest = "".join(self._held) + self._decoder.decode(b"", final=True)

@@ -9,6 +9,7 @@ Light floor: this module knows tokens and text, not the network.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,6 +127,12 @@ class WordWriter:
         self._look_for_stop()
         while self._words and (self.stopped or self._certain()):
             yield self._words.pop(0)
+
+    def fork(self) -> "WordWriter":
+        """Start another writer from here: each goes on by itself."""
+        twin = copy(self)
+        twin._stream, twin._words = self._stream.fork(), list(self._words)
+        return twin
 
     @property
     def unfinished(self) -> bool:

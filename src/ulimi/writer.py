@@ -236,11 +236,18 @@ class Writer:
     ) -> list[Text]:  # fmt: skip
         ending = self._writing.ending
 
+        # Every text but the first is one that was read already, and a token.
+        known: dict[tuple[int, ...], WordWriter] = {(): make()}
+
         def read(ids: Sequence[int]) -> WordWriter:
-            writer = make()
-            for token in ids:
-                list(writer.push(token, 0.0))
-            return writer
+            text = tuple(ids)
+            if text not in known:
+                begun = text[:-1] if text[:-1] in known else ()
+                writer = known[begun].fork()
+                for token in text[len(begun) :]:
+                    list(writer.push(token, 0.0))
+                known[text] = writer
+            return known[text]
 
         found = beam_search(
             self._engine, context, beams, max_tokens=ending.max_tokens, num=beams.num,
