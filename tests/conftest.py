@@ -1,11 +1,16 @@
 """What tests share: a small synthetic corpus, and one run that was trained on it."""
 
+import io
+import json
 import random
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from ulimi import cli
 from ulimi.corpus import open_corpus
 from ulimi.recipe import load_recipe
 from ulimi.run import Run, open_run
@@ -62,3 +67,58 @@ def tiny_run(tmp_path_factory, corpus_dir) -> Run:
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
     train(open_corpus(corpus_dir, run_dir / "corpus"), run_dir, load_recipe(None, TINY))
     return open_run(run_dir)
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def ulimi(monkeypatch, capsys):
+    """Call the command line in this process; an exception other than SystemExit is a traceback, and fails the test."""
+
+    def call(*args, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["ulimi", *map(str, args)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = 0
+        capsys.readouterr()
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def works(ulimi):
+    def call(*args, stdin=None):
+        result = ulimi(*args, stdin=stdin)
+        assert result.code == 0, result.err
+        return result
+
+    return call
+
+
+@pytest.fixture
+def refused(ulimi):
+    """Call the command line; give its one line of error."""
+
+    def call(*args, notes=False, stdin=None):
+        result = ulimi(*args, stdin=stdin)
+        assert result.code == 2, result
+        *before, last = result.err.splitlines()
+        assert last.startswith("ulimi: error: "), result.err
+        assert notes or not before, result.err
+        assert not [line for line in before if "error" in line or "Traceback" in line]
+        return last
+
+    return call

@@ -1,7 +1,6 @@
 """The command line as people meet it: results, refusals in one line, and interruptions."""
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -15,7 +14,6 @@ import time
 import tomllib
 import unicodedata
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,61 +29,6 @@ SCORE_KEYS = {
     "nats", "num_tokens", "num_words", "num_lines", "num_chars", "num_bytes", "perplexity", "word_perplexity",
     "bits_per_char", "bits_per_byte",
 }  # fmt: skip
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-@pytest.fixture
-def ulimi(monkeypatch, capsys):
-    """Call the command line in this process; an exception other than SystemExit is a traceback, and fails the test."""
-
-    def call(*args, stdin=None):
-        monkeypatch.setattr(sys, "argv", ["ulimi", *map(str, args)])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = 0
-        capsys.readouterr()
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def works(ulimi):
-    def call(*args, stdin=None):
-        result = ulimi(*args, stdin=stdin)
-        assert result.code == 0, result.err
-        return result
-
-    return call
-
-
-@pytest.fixture
-def refused(ulimi):
-    """Call the command line; give its one line of error."""
-
-    def call(*args, notes=False, stdin=None):
-        result = ulimi(*args, stdin=stdin)
-        assert result.code == 2, result
-        *before, last = result.err.splitlines()
-        assert last.startswith("ulimi: error: "), result.err
-        assert notes or not before, result.err
-        assert not [line for line in before if "error" in line or "Traceback" in line]
-        return last
-
-    return call
 
 
 @pytest.fixture(scope="session")

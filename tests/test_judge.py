@@ -1,15 +1,12 @@
 """Judging by minimal pairs: the arithmetic with models that are known, runs, Hugging Face models, the command."""
 
-import json
 import math
 import random
 import sys
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from ulimi import cli
 from ulimi.engine import load_engine
 from ulimi.errors import UlimiError
 from ulimi.grammar import Pair, pairs, phenomena
@@ -238,54 +235,6 @@ def test_where_transformers_is_missing_it_is_said(monkeypatch, tmp_path):
 
 
 # The command
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-@pytest.fixture
-def ulimi(monkeypatch, capsys):
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["ulimi", *map(str, args)])
-        code = 0
-        capsys.readouterr()
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def works(ulimi):
-    def call(*args):
-        result = ulimi(*args)
-        assert result.code == 0, result.err
-        return result
-
-    return call
-
-
-@pytest.fixture
-def refused(ulimi):
-    def call(*args):
-        result = ulimi(*args)
-        assert result.code == 2, result
-        assert result.out == ""
-        (line,) = result.err.splitlines()
-        assert line.startswith("ulimi: error: ")
-        return line
-
-    return call
 
 
 def test_judge_prints_a_row_a_phenomenon_and_the_mean(works, tiny_run):

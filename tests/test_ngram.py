@@ -5,7 +5,6 @@ import json
 import math
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import pytest
 from conftest import synthetic_lines
 from reference import KneserNey
 from test_run import WITHOUT_HEAVY, python
-from ulimi import cli
 from ulimi.baseline import TokenizerSettings, make_ngram_run
 from ulimi.engine import load_engine
 from ulimi.errors import UlimiError
@@ -345,39 +343,9 @@ def ngram_dir(tmp_path_factory, corpus_dir):
 
 
 @pytest.fixture
-def ulimi(monkeypatch, capsys):
-    """Call the command line: (exit status, output, errors)."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["ulimi", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def works(ulimi):
-    def call(*args):
-        code, out, err = ulimi(*args)
-        assert code == 0, err
-        return out
-
-    return call
-
-
-@pytest.fixture
-def refused(ulimi):
-    def call(*args):
-        code, _, err = ulimi(*args)
-        assert code == 2, err
-        assert err.startswith("ulimi: error: ")
-        assert err.count("\n") == 1, err
-        return err
-
-    return call
+def works(works):
+    """Give the output alone."""
+    return lambda *args: works(*args).out
 
 
 def test_lines_alone_are_the_stream(ngram_dir, corpus_dir):
