@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from ulimi.distribution import log_probs
 from ulimi.engine import Engine, load_engine
 from ulimi.errors import UlimiError
-from ulimi.generate import Step, generate, score_prompt
-from ulimi.sampling import Sampling
+from ulimi.generate import Start, Step, contrastive_search, generate, score_prompt
+from ulimi.sampling import NoRepeatNgram, Sampling
 
 INF = math.inf
 GREEDY = Sampling(temperature=0)
@@ -288,3 +288,210 @@ def test_the_fake_engine_keeps_the_protocol():
 def test_generation_loads_without_torch():
     code = "import sys, ulimi.generate; assert 'torch' not in sys.modules and 'tokenizers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Starts
+
+
+STARTS = ((1,), (2, 0), (2, 3), (0, 1, 3))
+"""what a text begins with: none is the beginning of another"""
+
+
+def make_starts(engine: TableEngine, prompt: list[int]) -> list[Start]:
+    steps = {ids: score_prompt(engine, [*prompt, *ids])[len(prompt) - 1 :] for ids in STARTS}
+    return [
+        Start(ids, math.fsum(step.logprob for step in steps[ids]), ((*prompt, *ids[:-1]),))
+        for ids in STARTS
+        if all(step.logprob > -INF for step in steps[ids])
+    ]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_texts_that_begin_with_starts_come_as_often_as_the_model_says(alpha):
+    engine, prompt, num = make_engine(4, seed=2, alpha=alpha), [0, 2], 6000
+    starts = make_starts(engine, prompt)
+    given = math.fsum(math.exp(start.logprob) for start in starts)
+    joint = {
+        (*start.ids, *rest): math.fsum(step.logprob for step in score_prompt(engine, [*prompt, *start.ids, *rest])[1:])
+        for start in starts
+        for rest in itertools.product(range(4), repeat=2)
+    }
+    assert math.fsum(map(math.exp, joint.values())) == pytest.approx(given)
+    steps = list(generate(engine, prompt, sampling=Sampling(alpha=alpha), max_tokens=3, num=num, seed=5, starts=starts))
+    texts = texts_of(steps)
+    logprobs = {row: math.fsum(step.logprob for step in steps if step.row == row) for row in range(40)}
+    for row, logprob in logprobs.items():
+        assert logprob == pytest.approx(joint[tuple(texts[row])] - math.log(given))
+    counts = Counter(tuple(text) for text in texts.values())
+    expected = {text: num * math.exp(logprob) / given for text, logprob in joint.items()}
+    assert all(expected[text] > 0 for text in counts)
+    chi_square = sum((counts[text] - mean) ** 2 / mean for text, mean in expected.items() if mean > 0)
+    assert chi_square < 110  # 0.9997 of a chi-square with 63 degrees of freedom
+
+
+def test_greedy_takes_the_most_probable_start_and_top_k_the_best_ones():
+    engine, prompt = make_engine(4, seed=2), [0, 2]
+    starts = make_starts(engine, prompt)
+    best, second, *_ = sorted(starts, key=lambda start: -start.logprob)
+    text = texts_of(list(generate(engine, prompt, sampling=GREEDY, max_tokens=2, starts=starts)))[0]
+    assert text[: len(best.ids)] == list(best.ids)
+    assert text[-1] == engine.logits_after([*prompt, *best.ids]).argmax()
+    steps = generate(engine, prompt, sampling=Sampling(top_k=2), max_tokens=1, num=50, starts=starts)
+    assert {tuple(ids) for ids in texts_of(list(steps)).values()} == {best.ids, second.ids}
+
+
+def test_a_start_counts_as_one_token_and_its_probability_comes_last():
+    engine, prompt = make_engine(4), [0]
+    (start,) = [start for start in make_starts(engine, prompt) if len(start.ids) == 3]
+    for limit in (1, 2, 4):
+        steps = list(generate(engine, prompt, sampling=Sampling(), max_tokens=limit, starts=[start]))
+        assert len(steps) == 2 + limit
+        assert [step.id for step in steps[:3]] == list(start.ids)
+        assert [step.logprob for step in steps[:3]] == [0.0, 0.0, 0.0]  # it is certain: it was typed
+
+
+def test_with_starts_too_a_row_is_the_same_for_any_number_of_rows():
+    def rows(num: int) -> dict[int, list[Step]]:
+        engine = make_engine(4, seed=1)
+        options = {
+            "sampling": Sampling(top_p=0.9),
+            "max_tokens": 9,
+            "stop_ids": {3},
+            "starts": make_starts(engine, [2]),
+        }
+        steps = list(generate(engine, [2], num=num, seed=8, **options))
+        return {row: [step for step in steps if step.row == row] for row in range(num)}
+
+    many = rows(12)
+    assert len({len(row) for row in many.values()}) > 3
+    for num in (1, 5):
+        assert rows(num) == {row: many[row] for row in range(num)}
+
+
+def test_a_row_may_end_inside_its_start():
+    engine = make_engine(4)
+    options = {"sampling": Sampling(), "max_tokens": 3, "num": 30, "starts": make_starts(engine, [2])}
+    stopped = texts_of(list(generate(engine, [2], should_stop=lambda row, ids: ids[-1] == 2, **options)))
+    free = texts_of(list(generate(engine, [2], **options)))
+    assert stopped == {row: text[: text.index(2) + 1] if 2 in text else text for row, text in free.items()}
+
+
+# Rules
+
+
+def test_rules_see_prompt_and_text_of_each_row():
+    seen: list[tuple[int, list[int]]] = []
+
+    def rules(row: int):
+        def rule(ids, logits_V):
+            seen.append((row, list(ids)))
+            logits_V[row] = -INF
+
+        return [rule]
+
+    prompt = [5, 6]
+    steps = list(generate(make_engine(), prompt, sampling=Sampling(), max_tokens=4, num=3, rules=rules))
+    texts = texts_of(steps)
+    assert all(row not in text for row, text in texts.items())
+    assert sorted(seen) == sorted((row, prompt + texts[row][:n]) for row in range(3) for n in range(4))
+
+
+def test_the_logprobs_are_the_models_own_whatever_the_rules():
+    engine = make_engine()
+    steps = list(generate(engine, [3], sampling=Sampling(), max_tokens=6, rules=[NoRepeatNgram(1)]))
+    assert sorted([3, *(step.id for step in steps)]) == list(range(7))
+    assert score_prompt(engine, [3, *(step.id for step in steps)]) == steps
+
+
+def test_rules_that_leave_nothing_are_said():
+    with pytest.raises(UlimiError, match="the rules leave no token"):
+        list(generate(make_engine(4), [3], sampling=Sampling(), max_tokens=7, rules=[NoRepeatNgram(1)]))
+
+
+# Contrastive search
+
+
+def slow_contrastive(engine, prompt, *, penalty, top_k, max_tokens, stop_ids=(), rules=(), start=None):
+    """Find the text from the formula, everything computed anew at each step."""
+
+    def output(ids):
+        vector = engine.output_after(ids).astype(float)
+        return vector / math.sqrt(math.fsum(x * x for x in vector))
+
+    text = list(start.ids) if start else []
+    if text and text[-1] in stop_ids:
+        return text
+    while len(text) < max_tokens + max(0, len(start.ids) - 1 if start else 0):
+        ids = [*prompt, *text]
+        logits_V = engine.logits_after(ids).astype(float)
+        for rule in rules:
+            rule(ids, logits_V)
+        probs = np.exp(log_probs(logits_V[None], engine.alpha))[0].tolist()
+        candidates = [t for t in sorted(range(len(probs)), key=lambda t: (-probs[t], t))[:top_k] if probs[t] > 0]
+        worth = {}
+        for token in candidates:
+            likeness = max(float(output([*ids, token]) @ output(ids[:n])) for n in range(1, len(ids) + 1))
+            worth[token] = (1 - penalty) * probs[token] - penalty * likeness
+        text.append(max(candidates, key=worth.get))
+        if text[-1] in stop_ids:
+            break
+    return text
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("options", [
+    {}, {"rules": [NoRepeatNgram(2)]}, {"stop_ids": {4}}, {"top_k": 1}, {"top_k": 7}, {"penalty": 1.0},
+], ids=repr)  # fmt: skip
+def test_contrastive_search_is_that_of_the_formula(alpha, options):
+    for seed in range(5):
+        engine = make_engine(seed=seed, alpha=alpha)
+        options = {"penalty": 0.6, "top_k": 4, "max_tokens": 8, **options}
+        steps = list(contrastive_search(engine, [0, 2, 5], **options))
+        assert [step.id for step in steps] == slow_contrastive(engine, [0, 2, 5], **options)
+        assert [step.logprob for step in steps] == pytest.approx(
+            [step.logprob for step in score_prompt(engine, [0, 2, 5, *(step.id for step in steps)])[2:]]
+        )
+
+
+def test_contrastive_search_begins_with_the_best_start():
+    for seed, limit in itertools.product(range(5), (1, 5)):
+        engine = make_engine(4, seed=seed)
+        starts = make_starts(engine, [2])
+        best = max(starts, key=lambda start: start.logprob)
+        options = {"penalty": 0.4, "top_k": 3, "max_tokens": limit, "stop_ids": {0}}
+        steps = list(contrastive_search(engine, [2], starts=starts, **options))
+        expected = slow_contrastive(engine, [2], start=best, **options)
+        # A stop id inside the start ends the text there.
+        if 0 in expected:
+            expected = expected[: expected.index(0) + 1]
+        assert [step.id for step in steps] == expected
+
+
+def test_without_a_penalty_contrastive_search_is_greedy():
+    greedy = list(generate(make_engine(), [0, 2], sampling=GREEDY, max_tokens=12))
+    found = list(contrastive_search(make_engine(), [0, 2], penalty=0, top_k=5, max_tokens=12))
+    assert [step.id for step in found] == [step.id for step in greedy]
+    assert [step.logprob for step in found] == pytest.approx([step.logprob for step in greedy])
+
+
+def test_contrastive_search_ends_where_it_is_told():
+    free = [step.id for step in contrastive_search(make_engine(), [1], penalty=0.5, top_k=4, max_tokens=6)]
+    stopped = contrastive_search(
+        make_engine(), [1], penalty=0.5, top_k=4, max_tokens=6, should_stop=lambda row, ids: row == 0 and len(ids) == 3
+    )
+    assert [step.id for step in stopped] == free[:3]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"penalty": -0.1}, "the contrastive penalty must be 0 to 1; got -0.1"),
+    ({"penalty": math.nan}, "the contrastive penalty must be 0 to 1; got nan"),
+    ({"top_k": 0}, "top_k must be 1 or more; got 0"),
+    ({"max_tokens": 0}, "max_tokens must be 1 or more; got 0"),
+    ({"prompt_ids": []}, "prompt_ids is empty"),
+    ({"prompt_ids": [7]}, "prompt_ids holds 7"),
+    ({"stop_ids": [-1]}, "stop_ids holds -1"),
+])  # fmt: skip
+def test_contrastive_search_refuses_a_wrong_argument_at_the_call(change, message):
+    options = {"prompt_ids": [0], "penalty": 0.5, "top_k": 4, "max_tokens": 3} | change
+    with pytest.raises(UlimiError, match=message):
+        contrastive_search(make_engine(), **options)
