@@ -13,14 +13,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ulimi.distribution import log_probs
 from ulimi.engine import Engine, load_engine
 from ulimi.errors import UlimiError
-from ulimi.generate import Step, generate, score_prompt
-from ulimi.sampling import Sampling, filter_logits, log_softmax, sample
+from ulimi.generate import Start, Step, contrastive_search, generate, score_prompt
+from ulimi.sampling import NoRepeatNgram, Sampling
 
 INF = math.inf
 GREEDY = Sampling(temperature=0)
@@ -28,13 +27,16 @@ FakeState = tuple[tuple[int, ...], ...]  # what each row has seen
 
 
 class TableEngine:
-    """Logits from `table[id before the last, last id]`; `fed` lists the ids of each call."""
+    """Logits from `table[id before the last, last id]`; `fed` lists the ids of each call.
 
-    alpha = 1.0
+    The output of the last layer is, in its place, a vector of its own for each pair of ids.
+    """
+
     batch_invariant = True
 
-    def __init__(self, table_VVV: NDArray[np.float32]) -> None:
+    def __init__(self, table_VVV: NDArray[np.float32], alpha: float = 1.0) -> None:
         self.table_VVV = table_VVV
+        self.alpha = alpha
         self.vocab_size = len(table_VVV)
         self.fed: list[list[int]] = []
 
@@ -55,6 +57,20 @@ class TableEngine:
         state = ((*state[0], *ids),)
         return self.logits_after(state[0])[None], state
 
+    def logits(self, inputs_BT: NDArray[np.int64], state: FakeState) -> tuple[NDArray[np.float32], FakeState]:
+        steps = []
+        for ids_B in inputs_BT.T:
+            next_BV, state = self.step(ids_B, state)
+            steps.append(next_BV)
+        return np.stack(steps, axis=1), state
+
+    def nll(
+        self, inputs_BT: NDArray[np.int64], targets_BT: NDArray[np.int64], state: FakeState
+    ) -> tuple[NDArray[np.float32], FakeState]:
+        logits_BTV, state = self.logits(inputs_BT, state)
+        log_probs_BTV = log_probs(logits_BTV, self.alpha)
+        return -np.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0].astype(np.float32), state
+
     def repeat_state(self, state: FakeState, n: int) -> FakeState:
         assert len(state) == 1
         return state * n
@@ -62,13 +78,22 @@ class TableEngine:
     def select_state(self, state: FakeState, rows: Sequence[int]) -> FakeState:
         return tuple(state[row] for row in rows)
 
+    def join_states(self, states: Sequence[FakeState]) -> FakeState:
+        return tuple(seen for state in states for seen in state)
+
+    def output(self, state: FakeState) -> NDArray[np.float32]:
+        return np.stack([self.output_after(seen) for seen in state])
+
     def logits_after(self, seen: Sequence[int]) -> NDArray[np.float32]:
         return self.table_VVV[seen[-2] if len(seen) > 1 else 0, seen[-1]]
 
+    def output_after(self, seen: Sequence[int]) -> NDArray[np.float32]:
+        return np.random.default_rng(seen[-2:]).normal(size=5).astype(np.float32)
 
-def make_engine(vocab_size: int = 7, seed: int = 0) -> TableEngine:
+
+def make_engine(vocab_size: int = 7, seed: int = 0, alpha: float = 1.0) -> TableEngine:
     rng = np.random.default_rng(seed)
-    return TableEngine(rng.normal(scale=1.5, size=(vocab_size,) * 3).astype(np.float32))
+    return TableEngine(rng.normal(scale=1.5, size=(vocab_size,) * 3).astype(np.float32), alpha)
 
 
 def texts_of(steps: list[Step]) -> dict[int, list[int]]:
@@ -81,210 +106,6 @@ def texts_of(steps: list[Step]) -> dict[int, list[int]]:
 def softmax(logits: Sequence[float]) -> list[float]:
     weights = [math.exp(x - max(logits)) for x in logits]
     return [weight / math.fsum(weights) for weight in weights]
-
-
-def brute_force(logits: list[float], sampling: Sampling) -> tuple[set[int], float]:
-    """Find the ids that the filters keep, trying every subset for top-p, and how near to p any subset comes."""
-    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
-    if sampling.temperature == 0:
-        return set(order[:1]), INF
-    if sampling.top_k > 0:
-        order = order[: sampling.top_k]
-    if sampling.top_p == 1:
-        return set(order), INF
-    probs = dict(zip(order, softmax([logits[token] / sampling.temperature for token in order]), strict=True))
-    subsets = [c for size in range(1, len(order) + 1) for c in itertools.combinations(order, size)]
-    masses = [math.fsum(probs[token] for token in subset) for subset in subsets]
-    smallest = min(len(subset) for subset, mass in zip(subsets, masses, strict=True) if mass >= sampling.top_p)
-    return set(order[:smallest]), min(abs(mass - sampling.top_p) for mass in masses)
-
-
-SAMPLINGS = st.builds(
-    Sampling,
-    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
-    top_k=st.integers(0, 8),
-    top_p=st.one_of(st.just(1.0), st.floats(0.01, 0.999)),
-)
-
-
-@st.composite
-def logits_batches(draw: st.DrawFn) -> NDArray[np.float32]:
-    """Draw logits (B, V) with many ties and some ruled-out tokens."""
-    num_rows, num_tokens = draw(st.integers(1, 3)), draw(st.integers(1, 6))
-    element = st.sampled_from([-INF, -2.0, -1.0, 0.0, 0.0, 0.5, 1.0, 3.0])
-    row = st.lists(element, min_size=num_tokens, max_size=num_tokens).filter(lambda row: max(row) > -INF)
-    return np.array(draw(st.lists(row, min_size=num_rows, max_size=num_rows)), dtype=np.float32)
-
-
-# Settings
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *(("temperature", value) for value in (-0.1, INF, -INF, math.nan)),
-        *(("top_k", value) for value in (-1, 2.0, math.nan)),
-        *(("top_p", value) for value in (0.0, -0.5, 1.01, INF, math.nan)),
-    ],
-)
-def test_a_setting_out_of_range_is_refused_in_one_line_that_names_it(field, value):
-    with pytest.raises(UlimiError) as error:
-        Sampling(**{field: value})
-    assert str(error.value).startswith(field)
-    assert str(error.value).endswith(f"got {value!r}")
-    assert "\n" not in str(error.value)
-
-
-def test_the_ends_of_the_ranges_are_allowed():
-    Sampling(temperature=0, top_k=0, top_p=1)
-    Sampling(temperature=1e308, top_k=10**9, top_p=5e-324)
-
-
-# Filters
-
-
-@settings(max_examples=300, deadline=None)
-@given(logits_batches(), SAMPLINGS)
-def test_the_filters_keep_what_brute_force_keeps_and_scale_it(logits_BV, sampling):
-    filtered_BV = filter_logits(logits_BV, sampling)
-    assert filtered_BV.shape == logits_BV.shape
-    for row, filtered in zip(logits_BV.tolist(), filtered_BV.tolist(), strict=True):
-        kept, margin = brute_force(row, sampling)
-        assume(margin > 1e-9)  # rounding decides on the very edge, which has a test of its own
-        kept = {token for token in kept if row[token] > -INF}
-        assert {token for token, x in enumerate(filtered) if x > -INF} == kept
-        for token in kept:
-            assert filtered[token] == pytest.approx((row[token] - max(row)) / (sampling.temperature or 1.0))
-
-
-@settings(max_examples=100, deadline=None)
-@given(logits_batches(), SAMPLINGS)
-def test_a_row_is_filtered_alike_alone_and_in_a_batch(logits_BV, sampling):
-    alone = [filter_logits(row[None], sampling) for row in logits_BV]
-    np.testing.assert_array_equal(filter_logits(logits_BV, sampling), np.concatenate(alone))
-
-
-def test_the_filters_leave_their_input_alone():
-    logits_BV = np.array([[1.0, 2.0, 3.0]])
-    filter_logits(logits_BV, Sampling(temperature=0.5, top_k=2, top_p=0.5))
-    log_softmax(logits_BV)
-    assert logits_BV.tolist() == [[1.0, 2.0, 3.0]]
-
-
-def test_the_default_sampling_changes_no_probability():
-    logits_BV = make_engine().table_VVV[0]
-    np.testing.assert_array_equal(log_softmax(filter_logits(logits_BV, Sampling())), log_softmax(logits_BV))
-
-
-def test_ties_at_the_border_of_top_k_keep_exactly_k_and_the_lowest_ids():
-    filtered_BV = filter_logits([[1, 5, 1, 1, 5], [2, 2, 2, 2, 2], [0, 1, 2, 3, 4]], Sampling(top_k=3))
-    assert [np.flatnonzero(row > -INF).tolist() for row in filtered_BV] == [[0, 1, 4], [0, 1, 2], [2, 3, 4]]
-
-
-@pytest.mark.parametrize(
-    "sampling", [Sampling(top_k=150), Sampling(top_p=0.4), Sampling(top_k=350, top_p=0.4)], ids=repr
-)
-def test_ties_keep_the_order_of_ids_in_a_vocabulary_too_large_for_an_insertion_sort(sampling):
-    logits_BV = np.random.default_rng(2).integers(0, 2, size=(3, 500))
-    for row, filtered in zip(logits_BV.tolist(), filter_logits(logits_BV, sampling), strict=True):
-        order = sorted(range(500), key=lambda token: (-row[token], token))
-        kept = np.flatnonzero(filtered > -INF)
-        assert kept.tolist() == sorted(order[: len(kept)])
-        assert 1 < len(kept) < 500
-
-
-def test_the_nucleus_keeps_the_ids_of_its_tokens():
-    probs_BV = np.array([[0.05, 0.5, 0.15, 0.3], [0.3, 0.15, 0.5, 0.05]])
-    filtered_BV = filter_logits(np.log(probs_BV), Sampling(top_p=0.7))
-    expected_BV = [[0, 0.5 / 0.8, 0, 0.3 / 0.8], [0.3 / 0.8, 0, 0.5 / 0.8, 0]]
-    np.testing.assert_allclose(np.exp(log_softmax(filtered_BV)), expected_BV)
-
-
-def test_a_nucleus_that_reaches_p_exactly_takes_no_more():
-    assert np.isfinite(filter_logits([[0, 0, 0, 0]], Sampling(top_p=0.5))).tolist() == [[True, True, False, False]]
-
-
-def test_top_p_measures_what_temperature_and_top_k_left():
-    logits_BV = np.log([[0.4, 0.3, 0.2, 0.1]])
-    # 0.4 / (0.4 + 0.3) = 0.57 reaches p only after top-k has taken the rest away.
-    assert np.isfinite(filter_logits(logits_BV, Sampling(top_p=0.5))).sum() == 2
-    assert np.isfinite(filter_logits(logits_BV, Sampling(top_p=0.5, top_k=2))).sum() == 1
-    # Squared, 0.16 / 0.30 reaches p alone.
-    assert np.isfinite(filter_logits(logits_BV, Sampling(top_p=0.5, temperature=0.5))).sum() == 1
-
-
-@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e308])
-def test_an_extreme_temperature_neither_overflows_nor_empties_a_row(temperature):
-    logits_BV = np.array([[-3e38, 1.0, 3e38, 2.0]], dtype=np.float32)
-    filtered_BV = filter_logits(logits_BV, Sampling(temperature=temperature, top_k=2, top_p=0.9))
-    assert filtered_BV.max() == 0.0
-    assert not np.isnan(filtered_BV).any()
-
-
-def test_log_softmax_is_normalised_and_survives_large_logits():
-    logits_BV = np.array([[1e30, 1e30, -INF], [-700.0, 700.0, 699.0], [0.0, 1.0, 2.0]])
-    log_probs_BV = log_softmax(logits_BV)
-    assert log_probs_BV.dtype == np.float64
-    np.testing.assert_allclose(np.exp(log_probs_BV), [softmax(row) for row in logits_BV.tolist()], atol=1e-15)
-
-
-@pytest.mark.parametrize("row", [[0.0, math.nan, 1.0], [-INF, -INF, -INF], [0.0, INF, 1.0], [math.nan] * 3])
-@pytest.mark.parametrize("sampling", [Sampling(), GREEDY, Sampling(top_k=2, top_p=0.5)])
-def test_logits_that_are_not_finite_are_an_error(row, sampling):
-    logits_BV = np.array([[1.0, 2.0, 3.0], row])
-    rngs = [np.random.default_rng(0)] * 2
-    for call in (lambda: sample(logits_BV, sampling, rngs), lambda: log_softmax(logits_BV)):
-        with pytest.raises(UlimiError, match="not finite"):
-            call()
-
-
-# Sampling
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [Sampling(), Sampling(temperature=0.5), Sampling(temperature=2), Sampling(top_k=3), Sampling(top_p=0.65)],
-    ids=repr,
-)
-def test_sampled_frequencies_match_the_exact_probabilities(sampling):
-    logits = np.log([0.08, 0.35, 0.02, 0.25, 0.1, 0.2])
-    kept, _ = brute_force(logits.tolist(), sampling)
-    weights = [math.exp(x / sampling.temperature) if token in kept else 0.0 for token, x in enumerate(logits)]
-    num_draws = 20_000
-    expected = num_draws * np.array(weights) / math.fsum(weights)
-    ids = sample(np.tile(logits, (num_draws, 1)), sampling, [np.random.default_rng(1)] * num_draws)
-    counts = np.bincount(ids, minlength=len(logits))
-    assert counts[expected == 0].sum() == 0
-    possible = expected > 0
-    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
-    assert chi_square < 20.5  # 0.999 of a chi-square with 5 degrees of freedom; fewer need less
-
-
-def test_a_row_makes_one_draw_and_greedy_makes_none():
-    logits_BV = make_engine().table_VVV[0, :2]
-    for sampling, num_draws in ((Sampling(top_k=1), 1), (Sampling(top_p=0.5), 1), (GREEDY, 0)):
-        rngs, others = ([np.random.default_rng(seed) for seed in (3, 4)] for _ in range(2))
-        sample(logits_BV, sampling, rngs)
-        for rng, other in zip(rngs, others, strict=True):
-            other.random(num_draws)
-            assert rng.random() == other.random()
-
-
-def test_a_removed_token_never_comes_out_even_at_the_ends_of_the_draw():
-    class Ends(np.random.Generator):
-        def __init__(self, value: float) -> None:
-            super().__init__(np.random.PCG64(0))
-            self.value = value
-
-        def random(self, *_args, **_kwargs):
-            return self.value
-
-    logits_BV = np.array([[-INF, 0.0, -INF, 0.0, -INF]] * 2)
-    assert sample(logits_BV, Sampling(), [Ends(0.0), Ends(1 - 2**-53)]).tolist() == [1, 3]
-
-
-def test_greedy_takes_the_lowest_id_among_equals():
-    assert sample([[1, 3, 3], [2, 0, 2]], GREEDY, []).tolist() == [1, 0]
 
 
 # Generation
@@ -467,3 +288,210 @@ def test_the_fake_engine_keeps_the_protocol():
 def test_generation_loads_without_torch():
     code = "import sys, ulimi.generate; assert 'torch' not in sys.modules and 'tokenizers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Starts
+
+
+STARTS = ((1,), (2, 0), (2, 3), (0, 1, 3))
+"""what a text begins with: none is the beginning of another"""
+
+
+def make_starts(engine: TableEngine, prompt: list[int]) -> list[Start]:
+    steps = {ids: score_prompt(engine, [*prompt, *ids])[len(prompt) - 1 :] for ids in STARTS}
+    return [
+        Start(ids, math.fsum(step.logprob for step in steps[ids]), ((*prompt, *ids[:-1]),))
+        for ids in STARTS
+        if all(step.logprob > -INF for step in steps[ids])
+    ]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_texts_that_begin_with_starts_come_as_often_as_the_model_says(alpha):
+    engine, prompt, num = make_engine(4, seed=2, alpha=alpha), [0, 2], 6000
+    starts = make_starts(engine, prompt)
+    given = math.fsum(math.exp(start.logprob) for start in starts)
+    joint = {
+        (*start.ids, *rest): math.fsum(step.logprob for step in score_prompt(engine, [*prompt, *start.ids, *rest])[1:])
+        for start in starts
+        for rest in itertools.product(range(4), repeat=2)
+    }
+    assert math.fsum(map(math.exp, joint.values())) == pytest.approx(given)
+    steps = list(generate(engine, prompt, sampling=Sampling(alpha=alpha), max_tokens=3, num=num, seed=5, starts=starts))
+    texts = texts_of(steps)
+    logprobs = {row: math.fsum(step.logprob for step in steps if step.row == row) for row in range(40)}
+    for row, logprob in logprobs.items():
+        assert logprob == pytest.approx(joint[tuple(texts[row])] - math.log(given))
+    counts = Counter(tuple(text) for text in texts.values())
+    expected = {text: num * math.exp(logprob) / given for text, logprob in joint.items()}
+    assert all(expected[text] > 0 for text in counts)
+    chi_square = sum((counts[text] - mean) ** 2 / mean for text, mean in expected.items() if mean > 0)
+    assert chi_square < 110  # 0.9997 of a chi-square with 63 degrees of freedom
+
+
+def test_greedy_takes_the_most_probable_start_and_top_k_the_best_ones():
+    engine, prompt = make_engine(4, seed=2), [0, 2]
+    starts = make_starts(engine, prompt)
+    best, second, *_ = sorted(starts, key=lambda start: -start.logprob)
+    text = texts_of(list(generate(engine, prompt, sampling=GREEDY, max_tokens=2, starts=starts)))[0]
+    assert text[: len(best.ids)] == list(best.ids)
+    assert text[-1] == engine.logits_after([*prompt, *best.ids]).argmax()
+    steps = generate(engine, prompt, sampling=Sampling(top_k=2), max_tokens=1, num=50, starts=starts)
+    assert {tuple(ids) for ids in texts_of(list(steps)).values()} == {best.ids, second.ids}
+
+
+def test_a_start_counts_as_one_token_and_its_probability_comes_last():
+    engine, prompt = make_engine(4), [0]
+    (start,) = [start for start in make_starts(engine, prompt) if len(start.ids) == 3]
+    for limit in (1, 2, 4):
+        steps = list(generate(engine, prompt, sampling=Sampling(), max_tokens=limit, starts=[start]))
+        assert len(steps) == 2 + limit
+        assert [step.id for step in steps[:3]] == list(start.ids)
+        assert [step.logprob for step in steps[:3]] == [0.0, 0.0, 0.0]  # it is certain: it was typed
+
+
+def test_with_starts_too_a_row_is_the_same_for_any_number_of_rows():
+    def rows(num: int) -> dict[int, list[Step]]:
+        engine = make_engine(4, seed=1)
+        options = {
+            "sampling": Sampling(top_p=0.9),
+            "max_tokens": 9,
+            "stop_ids": {3},
+            "starts": make_starts(engine, [2]),
+        }
+        steps = list(generate(engine, [2], num=num, seed=8, **options))
+        return {row: [step for step in steps if step.row == row] for row in range(num)}
+
+    many = rows(12)
+    assert len({len(row) for row in many.values()}) > 3
+    for num in (1, 5):
+        assert rows(num) == {row: many[row] for row in range(num)}
+
+
+def test_a_row_may_end_inside_its_start():
+    engine = make_engine(4)
+    options = {"sampling": Sampling(), "max_tokens": 3, "num": 30, "starts": make_starts(engine, [2])}
+    stopped = texts_of(list(generate(engine, [2], should_stop=lambda row, ids: ids[-1] == 2, **options)))
+    free = texts_of(list(generate(engine, [2], **options)))
+    assert stopped == {row: text[: text.index(2) + 1] if 2 in text else text for row, text in free.items()}
+
+
+# Rules
+
+
+def test_rules_see_prompt_and_text_of_each_row():
+    seen: list[tuple[int, list[int]]] = []
+
+    def rules(row: int):
+        def rule(ids, logits_V):
+            seen.append((row, list(ids)))
+            logits_V[row] = -INF
+
+        return [rule]
+
+    prompt = [5, 6]
+    steps = list(generate(make_engine(), prompt, sampling=Sampling(), max_tokens=4, num=3, rules=rules))
+    texts = texts_of(steps)
+    assert all(row not in text for row, text in texts.items())
+    assert sorted(seen) == sorted((row, prompt + texts[row][:n]) for row in range(3) for n in range(4))
+
+
+def test_the_logprobs_are_the_models_own_whatever_the_rules():
+    engine = make_engine()
+    steps = list(generate(engine, [3], sampling=Sampling(), max_tokens=6, rules=[NoRepeatNgram(1)]))
+    assert sorted([3, *(step.id for step in steps)]) == list(range(7))
+    assert score_prompt(engine, [3, *(step.id for step in steps)]) == steps
+
+
+def test_rules_that_leave_nothing_are_said():
+    with pytest.raises(UlimiError, match="the rules leave no token"):
+        list(generate(make_engine(4), [3], sampling=Sampling(), max_tokens=7, rules=[NoRepeatNgram(1)]))
+
+
+# Contrastive search
+
+
+def slow_contrastive(engine, prompt, *, penalty, top_k, max_tokens, stop_ids=(), rules=(), start=None):
+    """Find the text from the formula, everything computed anew at each step."""
+
+    def output(ids):
+        vector = engine.output_after(ids).astype(float)
+        return vector / math.sqrt(math.fsum(x * x for x in vector))
+
+    text = list(start.ids) if start else []
+    if text and text[-1] in stop_ids:
+        return text
+    while len(text) < max_tokens + max(0, len(start.ids) - 1 if start else 0):
+        ids = [*prompt, *text]
+        logits_V = engine.logits_after(ids).astype(float)
+        for rule in rules:
+            rule(ids, logits_V)
+        probs = np.exp(log_probs(logits_V[None], engine.alpha))[0].tolist()
+        candidates = [t for t in sorted(range(len(probs)), key=lambda t: (-probs[t], t))[:top_k] if probs[t] > 0]
+        worth = {}
+        for token in candidates:
+            likeness = max(float(output([*ids, token]) @ output(ids[:n])) for n in range(1, len(ids) + 1))
+            worth[token] = (1 - penalty) * probs[token] - penalty * likeness
+        text.append(max(candidates, key=worth.get))
+        if text[-1] in stop_ids:
+            break
+    return text
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("options", [
+    {}, {"rules": [NoRepeatNgram(2)]}, {"stop_ids": {4}}, {"top_k": 1}, {"top_k": 7}, {"penalty": 1.0},
+], ids=repr)  # fmt: skip
+def test_contrastive_search_is_that_of_the_formula(alpha, options):
+    for seed in range(5):
+        engine = make_engine(seed=seed, alpha=alpha)
+        options = {"penalty": 0.6, "top_k": 4, "max_tokens": 8, **options}
+        steps = list(contrastive_search(engine, [0, 2, 5], **options))
+        assert [step.id for step in steps] == slow_contrastive(engine, [0, 2, 5], **options)
+        assert [step.logprob for step in steps] == pytest.approx(
+            [step.logprob for step in score_prompt(engine, [0, 2, 5, *(step.id for step in steps)])[2:]]
+        )
+
+
+def test_contrastive_search_begins_with_the_best_start():
+    for seed, limit in itertools.product(range(5), (1, 5)):
+        engine = make_engine(4, seed=seed)
+        starts = make_starts(engine, [2])
+        best = max(starts, key=lambda start: start.logprob)
+        options = {"penalty": 0.4, "top_k": 3, "max_tokens": limit, "stop_ids": {0}}
+        steps = list(contrastive_search(engine, [2], starts=starts, **options))
+        expected = slow_contrastive(engine, [2], start=best, **options)
+        # A stop id inside the start ends the text there.
+        if 0 in expected:
+            expected = expected[: expected.index(0) + 1]
+        assert [step.id for step in steps] == expected
+
+
+def test_without_a_penalty_contrastive_search_is_greedy():
+    greedy = list(generate(make_engine(), [0, 2], sampling=GREEDY, max_tokens=12))
+    found = list(contrastive_search(make_engine(), [0, 2], penalty=0, top_k=5, max_tokens=12))
+    assert [step.id for step in found] == [step.id for step in greedy]
+    assert [step.logprob for step in found] == pytest.approx([step.logprob for step in greedy])
+
+
+def test_contrastive_search_ends_where_it_is_told():
+    free = [step.id for step in contrastive_search(make_engine(), [1], penalty=0.5, top_k=4, max_tokens=6)]
+    stopped = contrastive_search(
+        make_engine(), [1], penalty=0.5, top_k=4, max_tokens=6, should_stop=lambda row, ids: row == 0 and len(ids) == 3
+    )
+    assert [step.id for step in stopped] == free[:3]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"penalty": -0.1}, "the contrastive penalty must be 0 to 1; got -0.1"),
+    ({"penalty": math.nan}, "the contrastive penalty must be 0 to 1; got nan"),
+    ({"top_k": 0}, "top_k must be 1 or more; got 0"),
+    ({"max_tokens": 0}, "max_tokens must be 1 or more; got 0"),
+    ({"prompt_ids": []}, "prompt_ids is empty"),
+    ({"prompt_ids": [7]}, "prompt_ids holds 7"),
+    ({"stop_ids": [-1]}, "stop_ids holds -1"),
+])  # fmt: skip
+def test_contrastive_search_refuses_a_wrong_argument_at_the_call(change, message):
+    options = {"prompt_ids": [0], "penalty": 0.5, "top_k": 4, "max_tokens": 3} | change
+    with pytest.raises(UlimiError, match=message):
+        contrastive_search(make_engine(), **options)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ulimi.distribution import log_probs
 from ulimi.errors import UlimiError
-from ulimi.generate import Start, given_what_was_typed
-from ulimi.sampling import Rule, apply_rules, best_ids, checked_logits
+from ulimi.generate import Start, checked_ids, given_what_was_typed
+from ulimi.sampling import Rule, best_ids, checked_logits
 
 if TYPE_CHECKING:
     from ulimi.engine import Engine, EngineState
@@ -89,9 +89,7 @@ class _Open:
     num_typed: int = 0
     """tokens of its start but the last: they spell what was typed, and do not count"""
     met: frozenset[int] = frozenset()
-    """required words that it has"""
-    begun: tuple[int, int] | None = None
-    """(required word, how many of its tokens stand at the end); all of them: it is met if the word ends here"""
+    """required words that it has, and that are over"""
 
     @property
     def length(self) -> int:
@@ -105,7 +103,6 @@ def beam_search(
     beams: Beams,
     *,
     max_tokens: int,
-    num: int = 1,
     stop_ids: Collection[int] = (),
     should_stop: Callable[[list[int]], bool] | None = None,
     ends_before: Callable[[list[int]], NDArray[np.bool_] | None] | None = None,
@@ -115,45 +112,45 @@ def beam_search(
     line_ends: Collection[int] = (),
     starts: Sequence[Start] = (),
 ) -> list[Hypothesis]:
-    """Find the `num` best texts, best first; fewer if the beam holds fewer.
+    """Find the best texts, best first.
 
-    A beam that is wide enough finds the best of all texts; the test enumerates them.
+    They are all that the beam has finished, which may be more than it is wide; of several groups as many as each is
+    wide. A beam that is wide enough finds the best of all texts; the test enumerates them.
 
     Args:
         engine: the model.
         prompt_ids: at least one id.
         beams: how to search.
-        max_tokens: the most tokens that a text may get, 1 or more.
-        num: the number of texts, at most that of the beams.
+        max_tokens: the most tokens that a text may get, 1 or more; a start counts as one, however it is spelled.
         stop_ids: a text ends with the first of these, which belongs to it.
         should_stop: told a text's ids without the prompt; it ends if it says so.
         ends_before: told a text's ids, it gives the tokens, (V,), before any of which the text ends, without them; all
             of them together are one ending, whose probability is their sum. None: no such token.
         rules: for all texts, or a function of a text's ids that gives its own; they see prompt and text.
-        required: words that each text must hold; one group only.
+        required: words that each text must hold; one group only. A text that the limit cuts off inside the last of
+            them, as far as anyone can tell, does not hold it.
         ends_word_V: tokens before which a word is over; needed with `required`.
         line_ends: tokens after which a line starts; needed with `required`.
         starts: as in `ulimi.generate.generate`; the search begins with all of them.
 
     Raises:
-        UlimiError: an argument is outside its range, the logits are not finite, the rules leave none, or no text with
-            the required words was found.
+        UlimiError: an argument is outside its range, the logits are not finite, or no text was found that the rules
+            allow and that holds the required words.
     """
-    if not prompt_ids:
+    prompt = checked_ids(prompt_ids, engine.vocab_size, "prompt_ids")
+    if not prompt:
         raise UlimiError("prompt_ids is empty; generation needs at least one id to start from")
     if max_tokens < 1:
         raise UlimiError(f"max_tokens must be 1 or more; got {max_tokens}")
-    if not 1 <= num <= beams.num:
-        raise UlimiError(f"a beam of {beams.num} gives 1 to {beams.num} texts; got {num}")
     if required and beams.num_groups > 1:
         raise UlimiError("required words go with one group of beams only")
     rules_of = rules if callable(rules) else lambda _: rules
     search = _Search(
         engine,
-        list(prompt_ids),
+        prompt,
         beams,
         max_tokens,
-        frozenset(stop_ids),
+        frozenset(checked_ids(stop_ids, engine.vocab_size, "stop_ids")),
         should_stop,
         ends_before,
         rules_of,
@@ -166,10 +163,15 @@ def beam_search(
         search.step()
     found = search.results()
     if not found:
-        raise UlimiError(
-            f"no text of {max_tokens} tokens with all required words was found; allow more tokens or beams"
-        )
-    return found[:num]
+        raise UlimiError(nothing_found(max_tokens, required=bool(required)))
+    return found
+
+
+def nothing_found(max_tokens: int, *, required: bool) -> str:
+    """Say that a search found nothing, and what may help."""
+    if required:
+        return f"no text of {max_tokens} tokens with all required words was found; allow more tokens or beams"
+    return "the rules leave no text: fewer banned words, or a larger no-repeat n-gram, leave some"
 
 
 class _Search:
@@ -210,7 +212,7 @@ class _Search:
         next_BV, self.state = self.engine.step(last_B, self.engine.join_states([start.state for start in best]))
         self.logits_BV = checked_logits(next_BV)
         texts = [
-            _Open(start.ids, start.logprobs, start.logprob, place, len(start.ids) - 1)
+            _Open(start.ids, start.logprobs, start.logprob, place, len(start.ids) - 1, self._met(start.ids))
             for place, start in enumerate(best)
         ]
         self.groups = [
@@ -246,8 +248,11 @@ class _Search:
     def _scores(self, text: _Open) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Log-probabilities of the next token, (V,): the model's own, and what the rules leave of them."""
         own_1V = log_probs(self.logits_BV[text.place : text.place + 1], self.engine.alpha)
-        rules = self.rules_of(list(text.ids))
-        return own_1V[0], apply_rules(own_1V, rules, [[*self.prompt, *text.ids]])[0]
+        own_V = own_1V[0]
+        ruled_V = own_V.copy()
+        for rule in self.rules_of(list(text.ids)):  # they may leave nothing: the other texts go on
+            rule([*self.prompt, *text.ids], ruled_V)
+        return own_V, ruled_V
 
     def _end(
         self, text: _Open, own_V: NDArray[np.float64], ruled_V: NDArray[np.float64], index: int
@@ -265,7 +270,10 @@ class _Search:
 
     def results(self) -> list[Hypothesis]:
         """All that was finished, or cut off by the limit, best first; a text that several groups found comes once."""
-        found = {hypothesis.ids: hypothesis for group in self.finished for hypothesis in group}
+        groups = [sorted(group, key=lambda hypothesis: -hypothesis.score) for group in self.finished]
+        if len(groups) > 1:  # what a group holds beyond its width would crowd out those that are kept apart from it
+            groups = [group[: self.width] for group in groups]
+        found = {hypothesis.ids: hypothesis for group in groups for hypothesis in group}
         return sorted(found.values(), key=lambda hypothesis: -hypothesis.score)
 
     def _done(self, index: int) -> bool:
@@ -284,40 +292,46 @@ class _Search:
     def _candidates(self, text: _Open, augmented_V: NDArray[np.float64]) -> list[int]:
         # As many again as the beam is wide, since some may end; and the next token of each required word.
         ids: list[int] = best_ids(augmented_V[None], min(2 * self.width, len(augmented_V)))[0].tolist()
-        at_start = ([*self.prompt, *text.ids])[-1] in self.line_ends
         for word, required in enumerate(self.required):
-            tokens = required.at_start if at_start else required.inside
             if word not in text.met:
-                ids.append(tokens[0])
-            if text.begun is not None and text.begun[0] == word and text.begun[1] < len(self._spelling(text, word)):
-                ids.append(self._spelling(text, word)[text.begun[1]])
+                done, spelling = self._begun(text.ids, word)
+                ids += [*spelling[done : done + 1], self._spelling(required, text.ids)[0]]
         return list(dict.fromkeys(ids))
 
-    def _spelling(self, text: _Open, word: int) -> tuple[int, ...]:
-        """The tokens of the required word that `text` has begun: which ones, what stands before them decides."""
-        assert text.begun is not None
-        before = [*self.prompt, *text.ids][: -text.begun[1]]
-        return self.required[word].at_start if before[-1] in self.line_ends else self.required[word].inside
-
     def _grow(self, text: _Open, token: int, own: float, ruled: float) -> _Open:
-        longer = replace(
-            text, ids=(*text.ids, token), logprobs=(*text.logprobs, own), total=text.total + ruled, begun=None
-        )
+        ids = (*text.ids, token)
+        met = text.met | self._over(text.ids, token) if self.required else text.met
+        return replace(text, ids=ids, logprobs=(*text.logprobs, own), total=text.total + ruled, met=met)
+
+    def _met(self, ids: tuple[int, ...]) -> frozenset[int]:
+        """The required words of some tokens."""
+        return frozenset().union(*(self._over(ids[:place], token) for place, token in enumerate(ids)))
+
+    def _over(self, ids: tuple[int, ...], token: int) -> set[int]:
+        """The required words that stand at the end of `ids`, and that `token` ends."""
         if not self.required:
-            return longer
-        if text.begun is not None:
-            word, done = text.begun
-            tokens = self._spelling(text, word)
-            if done < len(tokens) and tokens[done] == token:
-                return replace(longer, begun=(word, done + 1))
-            assert self.ends_word_V is not None
-            if done == len(tokens) and self.ends_word_V[token]:
-                longer = replace(longer, met=longer.met | {word})
-        at_start = ([*self.prompt, *text.ids])[-1] in self.line_ends
-        for word, required in enumerate(self.required):
-            if word not in longer.met and (required.at_start if at_start else required.inside)[0] == token:
-                return replace(longer, begun=(word, 1))
-        return longer
+            return set()
+        assert self.ends_word_V is not None
+        return self._spelled(ids) if self.ends_word_V[token] else set()
+
+    def _spelled(self, ids: tuple[int, ...]) -> set[int]:
+        """The required words that stand at the end."""
+        begun = [self._begun(ids, word) for word in range(len(self.required))]
+        return {word for word, (done, spelling) in enumerate(begun) if done == len(spelling)}
+
+    def _begun(self, ids: tuple[int, ...], word: int) -> tuple[int, tuple[int, ...]]:
+        """How many tokens of a required word stand at the end, and all its tokens, as they are spelled there."""
+        required = self.required[word]
+        for done in range(min(len(ids), max(len(required.inside), len(required.at_start))), 0, -1):
+            spelling = self._spelling(required, ids[:-done])
+            if ids[-done:] == spelling[:done]:
+                return done, spelling
+        return 0, self._spelling(required, ids)
+
+    def _spelling(self, required: Required, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens of a required word after `ids`."""
+        last = ids[-1] if ids else self.prompt[-1]
+        return required.at_start if last in self.line_ends else required.inside
 
     def _choose(self, grown: list[tuple[float, _Open]], index: int) -> list[_Open]:
         """Put away what has ended, and keep the best of the rest."""
@@ -328,7 +342,7 @@ class _Search:
             ended = token in self.stops or (self.should_stop is not None and self.should_stop(list(text.ids)))
             if not ended and text.length < self.max_tokens:
                 going.append((score, text))
-            elif len(self._met_at_end(text)) == len(self.required):
+            elif len(self._met_at_end(text) if ended else text.met) == len(self.required):
                 value = text.total / text.length**self.beams.length_penalty
                 self.finished[index].append(Hypothesis(text.ids, text.logprobs, value))
         if not self.required:
@@ -346,13 +360,14 @@ class _Search:
 
     def _met_at_end(self, text: _Open) -> frozenset[int]:
         """The required words of a text that ends here: a word that was just spelled is over."""
-        if text.begun is not None and text.begun[1] == len(self._spelling(text, text.begun[0])):
-            return text.met | {text.begun[0]}
-        return text.met
+        return text.met | self._spelled(text.ids) if self.required else text.met
 
     def _progress(self, text: _Open) -> int:
-        done = sum(len(self.required[word].inside) for word in text.met)
-        return done + (text.begun[1] if text.begun is not None else 0)
+        """Tokens of required words that a text has."""
+        met = sum(len(self.required[word].inside) for word in text.met)
+        return met + max(
+            (self._begun(text.ids, w)[0] for w in range(len(self.required)) if w not in text.met), default=0
+        )
 
     def _read(self) -> None:
         """Feed the last token of every text that goes on."""

@@ -22,7 +22,7 @@ def log_probs(logits_BV: ArrayLike, alpha: float = 1.0) -> NDArray[np.float64]:
     """Give the log-probabilities (B, V), in nats and float64, of logits (B, V); -inf where there is no probability.
 
     Args:
-        logits_BV: finite, or -inf for a token that is ruled out; not all of a row.
+        logits_BV: finite, or -inf for a token that is ruled out; not all of a row. A NaN makes its row NaN.
         alpha: 1 (softmax) to 2 (sparsemax).
     """
     x_BV = np.asarray(logits_BV, dtype=np.float64)
@@ -42,6 +42,8 @@ def _log_entmax(scaled_V: NDArray[np.float64], power: float) -> NDArray[np.float
     The sum falls with t and is convex, and it is not below 1 at t = -1: from there Newton's method comes nearer with
     each step and never passes.
     """
+    if np.isnan(scaled_V).any():
+        return np.full_like(scaled_V, np.nan)
     candidates = np.flatnonzero(scaled_V > -1)  # whoever is further below the best has no probability
     scaled_K = scaled_V[candidates]
     threshold = -1.0

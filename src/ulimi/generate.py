@@ -85,13 +85,13 @@ def generate(
         UlimiError: an argument is outside its range, or, while iterating, the logits are not finite or the rules
             leave none.
     """
-    prompt = _checked_ids(prompt_ids, engine.vocab_size, "prompt_ids")
+    prompt = checked_ids(prompt_ids, engine.vocab_size, "prompt_ids")
     if not prompt:
         raise UlimiError("prompt_ids is empty; generation needs at least one id to start from")
     for name, value, least in (("max_tokens", max_tokens, 1), ("num", num, 1), ("seed", seed, 0)):
         if value < least:
             raise UlimiError(f"{name} must be {least} or more; got {value}")
-    stops = frozenset(_checked_ids(stop_ids, engine.vocab_size, "stop_ids"))
+    stops = frozenset(checked_ids(stop_ids, engine.vocab_size, "stop_ids"))
     rules_of = rules if callable(rules) else lambda _: rules
     # A generator runs nothing until it is asked, so the loop is a function of its own.
     return _generate(engine, prompt, sampling, max_tokens, num, seed, stops, should_stop, rules_of, starts)
@@ -106,7 +106,7 @@ def score_prompt(engine: "Engine", ids: Sequence[int]) -> list[Step]:
     Raises:
         UlimiError: `ids` is empty or holds what is not an id of this model, or the logits are not finite.
     """
-    given = _checked_ids(ids, engine.vocab_size, "ids")
+    given = checked_ids(ids, engine.vocab_size, "ids")
     if not given:
         raise UlimiError("ids is empty; scoring needs at least one id to start from")
     state = engine.initial_state(1)
@@ -155,10 +155,10 @@ def contrastive_search(
     if top_k < 1 or max_tokens < 1:
         name, value = ("top_k", top_k) if top_k < 1 else ("max_tokens", max_tokens)
         raise UlimiError(f"{name} must be 1 or more; got {value}")
-    given = _checked_ids(prompt_ids, engine.vocab_size, "prompt_ids")
+    given = checked_ids(prompt_ids, engine.vocab_size, "prompt_ids")
     if not given:
         raise UlimiError("prompt_ids is empty; generation needs at least one id to start from")
-    stops = frozenset(_checked_ids(stop_ids, engine.vocab_size, "stop_ids"))
+    stops = frozenset(checked_ids(stop_ids, engine.vocab_size, "stop_ids"))
     start = max(given_what_was_typed(starts), key=lambda start: start.logprob) if starts else None
     return _contrastive(engine, given, penalty, top_k, max_tokens, stops, should_stop, rules, start)
 
@@ -309,7 +309,8 @@ def _unit(output_BE: NDArray[np.float32]) -> NDArray[np.float64]:
     return unit_BE
 
 
-def _checked_ids(ids: Collection[int], vocab_size: int, name: str) -> list[int]:
+def checked_ids(ids: Collection[int], vocab_size: int, name: str) -> list[int]:
+    """Refuse what is no id of the model; `name` is what the error calls them."""
     # A negative id would silently index from the end of the embedding.
     wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
     if wrong is not None:

@@ -76,7 +76,7 @@ def _entmax_rows(logits_MV: Tensor, alpha: float) -> Tensor:
         step_M1 = excess_M1 / (power * slope_MV.sum(dim=1, keepdim=True))
         # Rounding may have passed the threshold by a hair: there is no way back up the slope.
         threshold_M1 += step_M1.clamp_(min=0)
-        if step_M1.max() <= smallest_step:
+        if not (step_M1 > smallest_step).any():  # so written, neither NaN nor the lack of any row goes on for ever
             break
     probs_MV = _power((scaled_MV - threshold_M1).clamp_(min=0), power)
     return probs_MV.div_(probs_MV.sum(dim=1, keepdim=True))

@@ -64,8 +64,9 @@ class Sampling:
 class RepetitionPenalty:
     """Make tokens that the text has already less probable (Keskar et al. 2019, "CTRL").
 
-    The penalty multiplies their log-probabilities. The paper divides or multiplies the logits by their sign; but what
-    zero is there means nothing, and the same model with a constant added to its logits would write another text.
+    The penalty multiplies their log-probabilities (of softmax, for a sparse model too). The paper divides or multiplies
+    the logits by their sign; but what zero is there means nothing, and the same model with a constant added to its
+    logits would write another text.
 
     Args:
         penalty: above 1; 1 changes nothing.

@@ -8,6 +8,7 @@ Light floor: this module knows tokens and text, not the network.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -22,11 +23,8 @@ ENDS = ("never", "paragraph", "sentence")
 """where a text may end by itself: nowhere, at a line's end, at a sentence's or a line's end"""
 
 SENTENCE_END = re.compile(r"""[.!?…]["'”’»)\]]*$""")
-WORD_PART = re.compile(r"[\w'’]*$")
-"""the part of a word that stands at the end of a text: hyphens part words"""
-
-TAIL_TOKENS = 64
-"""of which a rule reads the text: no banned word is longer"""
+APOSTROPHES = "'’"
+"""they belong to a word, but not at its edges"""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class Word:
 @dataclass(frozen=True)
 class Ending:
     """Where a text ends. All counts are of what is written, without the prompt; 0 is no limit.
+
+    A word that the prompt has begun counts if anything is written in it.
 
     Raises:
         UlimiError: values that are not allowed, or not together.
@@ -90,7 +90,8 @@ class WordWriter:
         tokenizer: of the model.
         ending: where the text ends.
         after: the text that this one goes on from; kind "word" puts a space between two words.
-        typed: what the first tokens spell that was typed already: it is not counted.
+        typed: what the first tokens spell that was typed already: it is not counted, and neither it nor a stop string
+            in it ends the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, ending: Ending | None = None, after: str = "", typed: str = "") -> None:
@@ -101,9 +102,11 @@ class WordWriter:
         self._joins_word = not tokenizer.is_lossless and bool(after) and not after[-1].isspace()
         self._words: list[Word] = []
         self._open = Word("", 0.0, 0)
+        self._typed = typed
         self._num_tokens = 0
         self._num_words = 0  # closed ones that are more than white space
         self._num_chars = -len(typed)  # of closed ones
+        self._num_typed = len(typed)  # characters of it in the words that are not yet given away
         self.stopped = False
 
     def push(self, token: int, logprob: float) -> Iterator[Word]:
@@ -118,15 +121,18 @@ class WordWriter:
         else:
             if word_ends:
                 self._close()
-            self._num_tokens += 1
             self._open = Word(self._open.text + text, self._open.logprob + logprob, self._open.num_tokens + 1)
-            if self._ending.max_chars and self._num_chars + len(self._open.text) > self._ending.max_chars:
+            # Of the tokens that spell what was typed, only the last may hold more.
+            self._num_tokens += self._num_written >= 0
+            if self._ending.max_chars and self._num_written > self._ending.max_chars:
                 self._open, self.stopped = Word("", 0.0, 0), True
         if is_eos or self.stopped:
             self._close()
         self._look_for_stop()
         while self._words and (self.stopped or self._certain()):
-            yield self._words.pop(0)
+            word = self._words.pop(0)
+            self._num_typed = max(0, self._num_typed - len(word.text))
+            yield word
 
     def fork(self) -> "WordWriter":
         """Start another writer from here: each goes on by itself."""
@@ -146,7 +152,7 @@ class WordWriter:
         return (
             self._num_tokens >= ending.min_tokens
             and self._num_words + self._is_word >= ending.min_words
-            and self._num_chars + len(self._open.text) >= ending.min_chars
+            and self._num_written >= ending.min_chars
         )
 
     @property
@@ -155,11 +161,16 @@ class WordWriter:
         if self._ending.max_words and self._num_words + self._is_word >= self._ending.max_words:
             return True
         ends_sentence = self._ending.at == "sentence" and SENTENCE_END.search(self._open.text) is not None
-        return ends_sentence and self.long_enough
+        return ends_sentence and self._num_written > 0 and self.long_enough
 
     @property
     def _is_word(self) -> bool:
-        return bool(self._open.text.strip())
+        return bool(self._open.text[max(0, -self._num_chars) :].strip())
+
+    @property
+    def _num_written(self) -> int:
+        """Characters; below 0 while what was typed is not yet spelled."""
+        return self._num_chars + len(self._open.text)
 
     def flush(self, *, cut_off: bool = False) -> Iterator[Word]:
         """Yield what is left when no more tokens come.
@@ -179,6 +190,8 @@ class WordWriter:
 
     def _decode(self, token: int) -> str:
         text = self._stream.push(token)
+        if token == self._tokenizer.unk_id and self._num_written < 0:
+            text = self._typed  # what a closed vocabulary does not know stays as it was typed
         if self._joins_word and token != self._tokenizer.eos_id:
             text = " " + text
         self._joins_word = False
@@ -199,7 +212,7 @@ class WordWriter:
     def _look_for_stop(self) -> None:
         pending = [*self._words, self._open]
         text = "".join(word.text for word in pending)
-        places = [place for stop in self._ending.stops if (place := text.find(stop)) >= 0]
+        places = [place for stop in self._ending.stops if (place := text.find(stop, self._num_typed)) >= 0]
         if not places:
             return
         self.stopped = True
@@ -228,54 +241,82 @@ def begins_word(tokenizer: Tokenizer) -> NDArray[np.bool_]:
 
 
 def ends_word(tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """Tell of each token, (V,), whether a word before it is over: it begins with neither letter, mark nor digit."""
+    """Tell of each token, (V,), whether a word before it is surely over, see `words_in`."""
     if not tokenizer.is_lossless:
         return np.ones(tokenizer.vocab_size, dtype=bool)
     # A byte above 0x7f alone is part of a letter, as far as anyone can tell.
     firsts = [tokenizer.token_bytes(id).decode("utf-8", "replace")[:1] for id in range(tokenizer.vocab_size)]
-    return np.array([not (first == "\ufffd" or WORD_PART.fullmatch(first)) for first in firsts])
+    return np.array([not (first == "\ufffd" or _in_word(first)) for first in firsts])
+
+
+def words_in(text: str) -> set[str]:
+    """Give the words of a text: they are parted by all that is neither letter, mark, digit nor apostrophe.
+
+    Apostrophes at a word's edges are quotation marks and do not belong to it. Of words that hyphens join, each is one,
+    and so are those beside each other together.
+    """
+    words: set[str] = set()
+    for run in "".join(c if c == "-" or _in_word(c) else " " for c in text).split():
+        parts = run.split("-")
+        words |= {"-".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
+    return {stripped for word in words if (stripped := word.strip(APOSTROPHES))}
 
 
 class BannedWords:
-    """A rule (`ulimi.sampling.Rule`): no word is one of these, however it is spelled in tokens or capitals.
+    """A rule (`ulimi.sampling.Rule`): no word, in the sense of `words_in`, is one of these, in whatever capitals.
 
-    A longer word that begins like a banned one may come; the banned one cannot end. Words are parted by all that is
-    neither letter, mark, digit nor apostrophe; a banned word with a hyphen is compared with hyphens.
+    A longer word that begins like a banned one may come; the banned one cannot end.
 
     Args:
         tokenizer: of the model.
-        words: without white space.
-        ends_word_V: of `ends_word`.
+        words: see `check_words`.
 
     Raises:
-        UlimiError: one is empty or holds white space.
+        UlimiError: one is no word.
     """
 
-    def __init__(self, tokenizer: Tokenizer, words: Sequence[str], ends_word_V: NDArray[np.bool_]) -> None:
-        check_single_words(words, "a banned word")
+    def __init__(self, tokenizer: Tokenizer, words: Sequence[str]) -> None:
+        check_words(words, "a banned word")
         self._tokenizer = tokenizer
-        self._words = {word.casefold() for word in words}
-        self._ends_word_V = ends_word_V
+        self._words = {self._folded(word).strip(APOSTROPHES) for word in words}
+        # Each token is a byte at least; twice as many leave room for other capitals, and for what stands before.
+        self._num_tail = 2 + 2 * max((len(word.encode()) for word in self._words), default=0)
+        texts = [tokenizer.token_bytes(id).decode("utf-8", "replace") for id in range(tokenizer.vocab_size)]
+        if tokenizer.is_lossless:
+            self._ruled_out_V = np.array([not _surely_goes_on(text) for text in texts])
+        else:
+            # Each token is a word between white space.
+            self._ruled_out_V = np.array([not self._words.isdisjoint(words_in(self._folded(text))) for text in texts])
 
     def __call__(self, ids: Sequence[int], logits_V: NDArray[np.float64]) -> None:
         """Rule out what would end a banned word that stands at the end."""
-        if not self._tokenizer.is_lossless:
-            # Each token is a word.
-            banned = [
-                id for id in range(len(logits_V)) if self._tokenizer.token_bytes(id).decode().casefold() in self._words
-            ]
-            logits_V[banned] = -np.inf
-            return
-        text = self._tokenizer.decode(ids[-TAIL_TOKENS:]).casefold()
-        match = re.search(r"[\w'’-]*$", text)
-        assert match is not None
-        whole, _, part = match[0], *match[0].rpartition("-")[1:]
-        if whole in self._words or part in self._words:
-            logits_V[self._ends_word_V] = -np.inf
+        if not self._tokenizer.is_lossless or self._banned_at_end(ids):
+            logits_V[self._ruled_out_V] = -np.inf
+
+    def _banned_at_end(self, ids: Sequence[int]) -> bool:
+        text = self._folded(self._tokenizer.decode(ids[-self._num_tail :]))
+        start = len(text)
+        while start and (text[start - 1] == "-" or _in_word(text[start - 1])):
+            start -= 1
+        parts = text[start:].split("-")
+        return any("-".join(parts[i:]).strip(APOSTROPHES) in self._words for i in range(len(parts)))
+
+    def _folded(self, text: str) -> str:
+        return self._tokenizer.normalize(text).casefold()
 
 
-def check_single_words(words: Iterable[str], what: str) -> None:
-    """Refuse what is no word: nothing, or several."""
-    wrong = next((word for word in words if word.split() != [word]), None)
+def check_words(words: Iterable[str], what: str) -> None:
+    """Refuse what is no word in the sense of `words_in`: nothing, several, punctuation."""
+    wrong = next((word for word in words if word.strip(APOSTROPHES) not in words_in(word)), None)
     if wrong is not None:
-        raise UlimiError(f"{what} must be one word without white space; got {wrong!r}")
+        raise UlimiError(f"{what} must be one word, of letters, digits, hyphens and apostrophes; got {wrong!r}")
+
+
+def _in_word(character: str) -> bool:
+    return character in APOSTROPHES or unicodedata.category(character)[0] in "LMN"
+
+
+def _surely_goes_on(text: str) -> bool:
+    """Whether a token goes on with a word before it: apostrophes alone may still do so."""
+    rest = text.lstrip(APOSTROPHES)
+    return _in_word(rest[0]) if rest else bool(text)

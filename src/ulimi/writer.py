@@ -8,14 +8,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ulimi.beam import Beams, Required, beam_search
+import numpy as np
+
+from ulimi.beam import Beams, Required, beam_search, nothing_found
 from ulimi.engine import Engine
 from ulimi.errors import UlimiError
 from ulimi.generate import Start, Step, contrastive_search, generate, score_prompt
 from ulimi.sampling import NoRepeatNgram, RepetitionPenalty, Rule, Sampling
 from ulimi.spelling import TokenIndex, covers, split_prompt
 from ulimi.tokenizer import Tokenizer
-from ulimi.words import BannedWords, Ending, Word, WordWriter, begins_word, check_single_words, ends_word, group_words
+from ulimi.words import (
+    APOSTROPHES,
+    BannedWords,
+    Ending,
+    Word,
+    WordWriter,
+    begins_word,
+    check_words,
+    ends_word,
+    group_words,
+    words_in,
+)
 
 CONTRASTIVE_TOP_K = 5
 """candidates of contrastive search where top_k is not given"""
@@ -51,8 +64,11 @@ class Writing:
         if self.no_repeat_ngram < 0:
             raise UlimiError(f"no_repeat_ngram must be 0 (off) or more; got {self.no_repeat_ngram}")
         RepetitionPenalty(self.repetition_penalty)
-        check_single_words(self.banned, "a banned word")
-        check_single_words(self.required, "a required word")
+        check_words(self.banned, "a banned word")
+        check_words(self.required, "a required word")
+        banned = {word.casefold() for word in self.banned}
+        if both := [word for word in self.required if word.casefold() in banned]:
+            raise UlimiError(f"{both[0]!r} is required and banned: choose one")
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,8 @@ class Writer:
         writing: how.
 
     Raises:
-        UlimiError: contrastive search on a model that has no outputs to compare.
+        UlimiError: contrastive search on a model that has no outputs to compare; a required word that a closed
+            vocabulary does not have.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, writing: Writing) -> None:
@@ -127,8 +144,10 @@ class Writer:
             self._rules.append(RepetitionPenalty(writing.repetition_penalty))
         if writing.no_repeat_ngram:
             self._rules.append(NoRepeatNgram(writing.no_repeat_ngram))
-        if writing.banned:
-            self._rules.append(BannedWords(tokenizer, writing.banned, self._ends_word_V))
+        self._banned = BannedWords(tokenizer, writing.banned) if writing.banned else None
+        if self._banned is not None:
+            self._rules.append(self._banned)
+        self._required = [self._spell(word) for word in writing.required]
         if writing.contrastive is not None:
             engine.output(engine.initial_state(1))
 
@@ -199,6 +218,13 @@ class Writer:
             ids = [self._tokenizer.eos_id, *self._tokenizer.encode(given.prompt)]
             _, state = self._engine.prime(ids[:-1], self._engine.initial_state(1))
             return [Start(tuple(ids[len(given.context) :]), 0.0, state)]
+        if self._banned is not None and not self._tokenizer.is_lossless:
+            # The first token is a whole word; those of other kinds still go on.
+            allowed_V = np.zeros(self._tokenizer.vocab_size)
+            self._banned(given.context, allowed_V)
+            found = [cover for cover in found if allowed_V[cover.ids[0]] == 0]
+            if not found:
+                raise UlimiError(f"all words that the model knows to begin like {given.typed!r} are banned")
         return [Start(cover.ids, cover.logprob, cover.state) for cover in found]
 
     def _steps(
@@ -250,12 +276,12 @@ class Writer:
             return known[text]
 
         found = beam_search(
-            self._engine, context, beams, max_tokens=ending.max_tokens, num=beams.num,
+            self._engine, context, beams, max_tokens=ending.max_tokens,
             stop_ids=() if ending.at == "never" else (self._tokenizer.eos_id,),
             should_stop=lambda ids: read(ids).stopped,
             ends_before=lambda ids: self._begins_word_V if read(ids).ends_with_this_word else None,
             rules=lambda ids: self._rules_for(read(ids)),
-            required=[self._required(word) for word in self._writing.required], ends_word_V=self._ends_word_V,
+            required=self._required, ends_word_V=self._ends_word_V,
             line_ends=(self._tokenizer.eos_id,),
             starts=starts,
         )  # fmt: skip
@@ -268,10 +294,21 @@ class Writer:
             # One that ended before a token, which it does not hold, has a log-probability more than ids.
             words += writer.flush(cut_off=len(hypothesis.logprobs) == len(hypothesis.ids))
             text = Text(prompt, typed, tuple(words), hypothesis.score)
-            texts.setdefault(text.text, text)
+            if self._holds_required(words):
+                texts.setdefault(text.text, text)
+        if not texts:
+            raise UlimiError(nothing_found(ending.max_tokens, required=True))
         return list(texts.values())[:num]
 
-    def _required(self, word: str) -> Required:
+    def _holds_required(self, words: Sequence[Word]) -> bool:
+        """Whether the required words are still there, after a limit or a stop string has cut the text."""
+        there = words_in("".join(word.text for word in words))
+        return all(self._tokenizer.normalize(word).strip(APOSTROPHES) in there for word in self._writing.required)
+
+    def _spell(self, word: str) -> Required:
+        """Give the tokens of a required word."""
         at_start = tuple(self._tokenizer.encode(word))
+        if self._tokenizer.unk_id in at_start:
+            raise UlimiError(f"the required word {word!r} is not in the model's closed vocabulary")
         inside = tuple(self._tokenizer.encode(f" {word}")) if self._tokenizer.is_lossless else at_start
         return Required(inside, at_start)
