@@ -11,9 +11,10 @@ import torch
 import reference
 from ulimi.corpus import count_stats, read_lines
 from ulimi.data import encode_file
+from ulimi.distribution import log_probs
 from ulimi.engine import TorchEngine, load_engine
 from ulimi.model import AWDLSTM
-from ulimi.score import Score, score_lines, score_stream
+from ulimi.score import Score, score_distribution, score_lines, score_stream
 
 LINES = [
     "Abantwana bafunda isikole.",
@@ -285,3 +286,80 @@ def test_short_lines_are_not_padded_to_the_length_of_long_ones(tokenizer):
     longest = len(tokenizer.encode(lines[1])) + 1
     shortest = len(tokenizer.encode(lines[0])) + 1
     assert engine.windows == [(32, shortest), (32, longest)]
+
+
+# Distributions
+
+
+class FixedEngine(UniformEngine):
+    """Logits that depend on how many ids were read, and on nothing else."""
+
+    def __init__(self, logits_NV: np.ndarray, alpha: float) -> None:
+        super().__init__(logits_NV.shape[1])
+        self.alpha = alpha
+        self.logits_NV = logits_NV
+
+    def logits(self, inputs_BT, state):
+        batch_size, num_read = state
+        self.inputs.append(inputs_BT)
+        length = inputs_BT.shape[1]
+        return self.logits_NV[None, num_read : num_read + length], (batch_size, num_read + length)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
+def test_distribution_scores_are_those_of_their_definitions(alpha):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(6, size=600)  # more than two windows
+    logits_NV = rng.normal(scale=1.5, size=(600, 6))
+    engine = FixedEngine(logits_NV, alpha)
+    score = score_distribution(engine, ids, 5, epsilon=1e-3)
+
+    nats = sparsemax = js = support = impossible = 0.0
+    for row, target in zip(logits_NV, ids, strict=True):
+        p = np.exp(log_probs(row[None], alpha))[0]
+        one_hot = np.eye(6)[target]
+        mixed = (p + one_hot) / 2
+        nats -= math.log((p[target] + 1e-3) / (1 + 6e-3))
+        sparsemax += p[target] + (1 - (p**2).sum()) / 2
+        js += sum(q * math.log(q / m) for d in (p, one_hot) for q, m in zip(d, mixed, strict=True) if q > 0) / 2
+        support += (p > 0).sum()
+        impossible += p[target] == 0
+    means = score.as_dict()
+    assert means["num_tokens"] == 600
+    assert means["epsilon_perplexity"] == pytest.approx(math.exp(nats / 600))
+    assert means["sparsemax_score"] == pytest.approx(sparsemax / 600)
+    assert means["js_divergence"] == pytest.approx(js / 600)
+    assert means["support"] == pytest.approx(support / 600)
+    assert means["impossible"] == impossible / 600
+    assert (means["impossible"] > 0) == (alpha > 1)
+    # Every token is read once, after the one before it; the first after an <eos>.
+    assert np.concatenate(engine.inputs, axis=1)[0].tolist() == [5, *ids[:-1].tolist()]
+
+
+def test_a_sure_model_has_the_extreme_scores():
+    ids = np.array([0, 1, 2])
+    right, wrong = np.full((3, 3), -1e9), np.full((3, 3), -1e9)
+    for n in range(3):
+        right[n, n] = wrong[n, (n + 1) % 3] = 0.0
+    best, worst = (score_distribution(FixedEngine(x, 1.0), ids, 2, epsilon=0.0).as_dict() for x in (right, wrong))
+    assert (best["epsilon_perplexity"], best["sparsemax_score"], best["js_divergence"]) == (1, 1, pytest.approx(0))
+    assert (worst["epsilon_perplexity"], worst["sparsemax_score"]) == (None, 0)
+    assert worst["js_divergence"] == pytest.approx(math.log(2))
+
+
+def test_without_epsilon_the_softmax_models_perplexity_comes_out(works, refused, tiny_run, corpus_dir):
+    path = corpus_dir / "valid.txt"
+    (row,) = works("evaluate", path, "-m", tiny_run.dir, "--distribution", "--epsilon", "0", "--json").json
+    (plain,) = works("evaluate", path, "-m", tiny_run.dir, "--json").json
+    assert row["epsilon_perplexity"] == pytest.approx(plain["perplexity"], rel=1e-5)
+    assert (row["support"], row["impossible"]) == (320, 0)
+    assert works("evaluate", path, "-m", tiny_run.dir, "--distribution").out.split()[:4] == [
+        "file",
+        "tokens",
+        "epsilon",
+        "eps-ppl",
+    ]
+    assert "--epsilon goes with --distribution" in refused("evaluate", path, "-m", tiny_run.dir, "--epsilon", "0.1")
+    assert "--distribution reads one stream" in refused(
+        "evaluate", path, "-m", tiny_run.dir, "--distribution", "--cache"
+    )
