@@ -8,7 +8,8 @@ What each figure is:
 
     bleu, chrf          against the rest of the line; chrf is chrF++ (word order 2); 0 to 100
     cer                 character edits / characters of the rest; above 1 where more was written than that
-    mauve               the texts against the lines themselves; features: the first model's output after reading them
+    mauve               the texts against the lines themselves; features: the first model's output after reading them;
+                        below some hundred texts a seed it is rough
     distinct_2          unique / all pairs of neighbouring words, over all texts of a seed
     repetition          share of a text's word trigrams that it had already
     attested            share of words that stand in the attested text
@@ -24,8 +25,11 @@ This module belongs to the study extra: sacrebleu, jiwer, mauve-text.
 import hashlib
 import json
 import math
+import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -328,21 +332,30 @@ def _distinct_2(texts: Sequence[Sequence[str]]) -> float:
 def _mauve(
     records: Sequence[dict[str, Any]], features: Callable[[Sequence[str]], NDArray[np.float32] | None]
 ) -> float | None:
-    import contextlib
-    import os
-    import warnings
-
     if len(records) < 20:
         return None  # it clusters them
     theirs = features([f"{r['prompt']}{r['written']}" for r in records])
     ours = features([f"{r['prompt']}{r['rest']}" for r in records])
     if theirs is None or ours is None:
         return None
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
-        warnings.simplefilter("ignore")
+    with _silent():
         import mauve
 
         return float(mauve.compute_mauve(p_features=ours, q_features=theirs, verbose=False, seed=25).mauve)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep from the terminal what faiss, in C++, says of small samples; the docstring says it once for all."""
+    kept = os.dup(2)
+    with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere:
+        warnings.simplefilter("ignore")
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> Figure:
