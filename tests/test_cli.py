@@ -238,9 +238,77 @@ def test_a_loss_that_is_not_finite_is_one_line(refused, tmp_path, corpus_dir, se
     (["--seed", "x"], "--seed"),
     (["--device", "tpu"], "--device tpu"),
     (["Abantu \udcff"], "lone surrogate"),  # an argument that was not UTF-8
+    (["--alpha", "0.5"], "alpha must be at least 1"),
+    (["--alpha", "2.5"], "alpha must be at least 1 (softmax) and at most 2"),
+    (["--min-p", "1.5"], "min_p must be at least 0"),
+    (["--typical", "0"], "typical must be above 0"),
+    (["--repetition-penalty", "0.5"], "repetition_penalty must be"),
+    (["--no-repeat-ngram", "-1"], "--no-repeat-ngram"),
+    (["--ban", ""], "a banned word must be one word"),
+    (["--ban", "inja yami"], "got 'inja yami'"),
+    (["--require", "inja"], "required words need beam search"),
+    (["--end", "paragraf"], "did you mean 'paragraph'?"),
+    (["--max-words", "-1"], "--max-words"),
+    (["--min-words", "3"], "choose paragraph or sentence"),
+    (["--min-tokens", "4", "--end", "sentence"], "min_tokens is 4 and max_tokens is 3"),
+    (["--prompts", "missing.txt"], "missing.txt"),
+    (["Abantu", "--prompts", "-"], "prompts are given twice"),
+    (["--groups", "2"], "--groups goes with --beams"),
+    (["--diversity", "1"], "--diversity goes with --beams"),
+    (["--length-penalty", "1"], "--length-penalty goes with --beams"),
+    (["--beams", "2"], "--seed is for sampling; --beams chooses without chance"),
+    (["--contrastive", "0.5"], "--seed is for sampling; --contrastive chooses without chance"),
 ])  # fmt: skip
 def test_generate_refuses_in_one_line(refused, tiny_run, args, said):
     assert said in refused("generate", "-m", tiny_run.dir, "--max-tokens", "3", "--seed", "1", *args)
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["--beams", "0"], "the number of beams must be 1 or more"),
+    (["--beams", "4", "--groups", "3"], "3 groups of 4 beams"),
+    (["--beams", "4", "--groups", "0"], "0 groups of 4 beams"),
+    (["--beams", "4", "--groups", "2", "--diversity", "-1"], "diversity must be"),
+    (["--beams", "4", "--diversity", "1"], "--diversity keeps groups of beams apart"),
+    (["--beams", "4", "--groups", "1", "--diversity", "1"], "--diversity keeps groups of beams apart"),
+    (["--beams", "4", "--length-penalty", "nan"], "length_penalty must be"),
+    (["--beams", "2", "--num", "3"], "a beam of 2 gives 1 to 2 texts; got 3"),
+    (["--beams", "2", "--contrastive", "0.5"], "choose one"),
+    (["--beams", "4", "--groups", "2", "--require", "inja"], "one group"),
+    (["--beams", "4", "--require", "inja", "--ban", "Inja"], "is required and banned"),
+    (["--beams", "4", "--require", "inja yami"], "a required word must be one word"),
+    *(
+        (["--beams", "2", option, value], f"{option} is for sampling")
+        for option, value in (
+            ("--temperature", "1"), ("--alpha", "1.5"), ("--top-p", "0.9"), ("--min-p", "0.1"), ("--typical", "0.9"),
+            ("--top-k", "5"), ("--seed", "0"),
+        )
+    ),
+    (["--contrastive", "-0.1"], "the contrastive penalty must be 0 to 1"),
+    (["--contrastive", "0.5", "--temperature", "0"], "--temperature is for sampling"),
+    (["--contrastive", "0.5", "--top-k", "-1"], "top_k must be a whole number"),
+    (["--contrastive", "0.5", "--num", "2"], "contrastive search finds one text"),
+])  # fmt: skip
+def test_a_search_refuses_in_one_line(refused, tiny_run, args, said):
+    assert said in refused("generate", "-m", tiny_run.dir, "--max-tokens", "3", *args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--beams", "4", "--num", "2", "--end", "sentence", "--length-penalty", "0.5"],
+        ["--beams", "4", "--groups", "2", "--diversity", "1", "--no-repeat-ngram", "3"],
+        ["--beams", "4", "--require", "inja"],
+        ["--contrastive", "0.6", "--top-k", "4", "--ban", "inja"],
+        ["--seed", "1", "--alpha", "1.5", "--min-p", "0.05", "--typical", "0.9", "--repetition-penalty", "1.2"],
+    ],
+)
+def test_the_same_search_or_seed_gives_the_same_text(works, tiny_run, args):
+    args = ["generate", "-m", tiny_run.dir, "Abantu ba", "--max-tokens", "12", *args]
+    (row, *_) = rows = works(*args, "--json").json
+    assert rows == works(*args, "--json").json
+    assert row["text"].startswith("Abantu ba")
+    shown = works(*args).out
+    assert shown.rstrip("\n").split("\t")[-1].rstrip() == rows[-1]["text"].rstrip()
 
 
 @pytest.mark.parametrize(("args", "said"), [

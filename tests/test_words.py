@@ -2,13 +2,16 @@
 
 import codecs
 import math
+import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ulimi.errors import UlimiError
 from ulimi.tokenizer import KINDS, Tokenizer
-from ulimi.words import Ending, Word, WordWriter, group_words
+from ulimi.words import BannedWords, Ending, Word, WordWriter, begins_word, ends_word, group_words, words_in
 
 LINES = [
     "Ngiya eNingizimu Afrika ngoMsombuluko, 2026.",
@@ -214,3 +217,188 @@ def test_after_a_stop_nothing_more_is_taken():
     assert [*words, *writer.flush()] == [Word("a", -1.0, 1)]
     assert list(writer.push(tokenizer.encode("a")[0], -1.0)) == []
     assert list(writer.flush()) == []
+
+
+# Endings
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"at": "paragraf"}, "a text ends 'paragraf': allowed: never, paragraph, sentence; did you mean 'paragraph'"),
+    ({"stops": ("a", "")}, "an empty stop string"),
+    ({"max_tokens": 0}, "max_tokens must be 1 or more; got 0"),
+    ({"max_words": -1}, "min_words and max_words must be 0"),
+    ({"min_chars": -1, "at": "sentence"}, "min_chars and max_chars must be 0"),
+    ({"min_words": 4, "max_words": 3, "at": "sentence"}, "min_words is 4 and max_words is 3: no text is both"),
+    ({"min_tokens": 101, "at": "sentence"}, "min_tokens is 101 and max_tokens is 100: no text is both"),
+    ({"min_words": 2}, "min_words is 2, but the text ends nowhere by itself"),
+])  # fmt: skip
+def test_endings_that_are_not_allowed_or_not_together(options, said):
+    with pytest.raises(UlimiError, match=said):
+        Ending(**options)
+
+
+def written(kind, text, ending, typed=""):
+    """Write the tokens of a text and give what was written, with what was typed."""
+    writer = WordWriter(TOKENIZERS[kind], ending, typed=typed)
+    words = [word for token in TOKENIZERS[kind].encode(text) for word in writer.push(token, -1.0)]
+    return joined([*words, *writer.flush()])
+
+
+NO_WORD_KIND = ["bpe", "unigram", "char"]
+TEXT = "Ngiya! (eNingizimu.) Afrika… “uthi: 2026.”\nAbantu"
+
+
+@pytest.mark.parametrize("kind", NO_WORD_KIND)
+@pytest.mark.parametrize(("ending", "expected"), [
+    (Ending(at="sentence"), "Ngiya!"),
+    (Ending(at="sentence", min_words=2), "Ngiya! (eNingizimu.)"),
+    (Ending(at="sentence", min_chars=21), "Ngiya! (eNingizimu.) Afrika…"),
+    (Ending(at="sentence", min_words=4), "Ngiya! (eNingizimu.) Afrika… “uthi: 2026.”"),
+    (Ending(at="paragraph"), "Ngiya! (eNingizimu.) Afrika… “uthi: 2026.”"),
+    (Ending(), TEXT),
+    (Ending(max_words=2), "Ngiya! (eNingizimu.)"),
+    (Ending(max_words=5), "Ngiya! (eNingizimu.) Afrika… “uthi: 2026.”"),
+    (Ending(max_words=6), TEXT),
+    (Ending(max_chars=5), ""),
+    (Ending(max_chars=6), "Ngiya!"),
+    (Ending(max_chars=19), "Ngiya!"),
+    (Ending(max_chars=20), "Ngiya! (eNingizimu.)"),
+    (Ending(max_chars=6, at="sentence"), "Ngiya!"),
+    (Ending(stops=("mu.",), max_words=2), "Ngiya! (eNingizi"),
+    (Ending(stops=("Afrika",), max_words=2), "Ngiya! (eNingizimu.)"),
+], ids=str)  # fmt: skip
+def test_where_a_text_ends(kind, ending, expected):
+    assert written(kind, TEXT, ending) == expected
+
+
+@pytest.mark.parametrize("kind", NO_WORD_KIND)
+@pytest.mark.parametrize(("typed", "ending", "expected"), [
+    ("Ngiya!", Ending(at="sentence"), "Ngiya! (eNingizimu.)"),  # a sentence that was typed is none that was written
+    ("Ngiya", Ending(at="sentence"), "Ngiya!"),
+    ("Ngiya!", Ending(max_words=1), "Ngiya! (eNingizimu.)"),
+    ("Ngi", Ending(max_words=1), "Ngiya!"),
+    ("Ngiya! ", Ending(max_words=1), "Ngiya! (eNingizimu.)"),
+    ("Ngiya!", Ending(max_words=3), "Ngiya! (eNingizimu.) Afrika… “uthi:"),
+    ("Ngiya!", Ending(max_chars=13), "Ngiya!"),
+    ("Ngiya!", Ending(max_chars=14), "Ngiya! (eNingizimu.)"),
+    ("Ngiya!", Ending(min_words=2, at="sentence"), "Ngiya! (eNingizimu.) Afrika…"),
+    ("Ngiya!", Ending(min_chars=15, at="sentence"), "Ngiya! (eNingizimu.) Afrika…"),
+    ("Ngiya! ", Ending(stops=(" ",)), "Ngiya! (eNingizimu.)"),
+    ("Ngiya!", Ending(stops=("giya",)), TEXT),
+    ("Ngi", Ending(stops=("iya",)), TEXT),  # begins in what was typed
+    ("Ng", Ending(stops=("iya",)), "Ng"),
+], ids=str)  # fmt: skip
+def test_what_was_typed_is_not_counted(kind, typed, ending, expected):
+    assert written(kind, TEXT, ending, typed) == expected
+
+
+def test_tokens_that_only_spell_what_was_typed_are_not_counted():
+    tokenizer = TOKENIZERS["char"]
+    for typed, num in (("", 4), ("Ng", 5), ("Ngi", 6)):
+        writer = WordWriter(tokenizer, Ending(at="paragraph", min_tokens=4), typed=typed)
+        for place, token in enumerate(tokenizer.encode("Ngiyaya"), start=1):
+            list(writer.push(token, 0.0))
+            assert writer.long_enough is (place >= num)
+
+
+def test_a_word_that_the_limit_cut_is_left_out_unless_it_is_all():
+    tokenizer = TOKENIZERS["char"]
+    for text, expected in (
+        ("Ngiya eN", "Ngiya"),
+        ("Ngi", "Ngi"),
+        ("Ngiya ", "Ngiya"),
+        ("Ngiya\n", "Ngiya\n"),
+        ("a\nb", "a\n"),
+    ):
+        writer = WordWriter(tokenizer)
+        words = [word for token in tokenizer.encode(text) for word in writer.push(token, -1.0)]
+        assert joined([*words, *writer.flush(cut_off=True)]) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_begins_word_is_where_the_writer_closes_one(kind):
+    tokenizer = TOKENIZERS[kind]
+    first, *_ = tokenizer.encode("Ngiya")
+    begins_V = begins_word(tokenizer)
+    for token in range(tokenizer.vocab_size):
+        words = group_words(tokenizer, [(first, -1.0), (token, -1.0)])
+        if not tokenizer.token_bytes(token).decode("utf-8", "replace").startswith("\ufffd"):
+            assert begins_V[token] == (len(words) == 2)
+
+
+@pytest.mark.parametrize("kind", NO_WORD_KIND)
+def test_ends_word_is_what_words_in_parts(kind):
+    tokenizer = TOKENIZERS[kind]
+    for token, ends in enumerate(ends_word(tokenizer)):
+        text = tokenizer.token_bytes(token).decode("utf-8", "replace")
+        if not text.startswith("\ufffd") and text[0] not in "'’":
+            assert ends == ("inja" in words_in("inja" + text)), text
+
+
+# Words, banned ones
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("", set()),
+    ("Inja, ikati: (2026)!", {"Inja", "ikati", "2026"}),
+    ("kwa-Zulu-Natal", {"kwa", "Zulu", "Natal", "kwa-Zulu", "Zulu-Natal", "kwa-Zulu-Natal"}),
+    ("'inja' n'ikati’", {"inja", "n'ikati"}),
+    ("n\u0308a _inja_ 😀", {"n\u0308a", "inja"}),
+    ("- ' '-'", set()),
+    ("Inja\nikati\u00a0yami", {"Inja", "ikati", "yami"}),
+])  # fmt: skip
+def test_words_in(text, words):
+    found = words_in(text)
+    assert words <= found
+    assert {word.strip("-'’") for word in found} == {word.strip("-'’") for word in words}
+
+
+def ruled_out(tokenizer, banned, ids):
+    logits_V = np.zeros(tokenizer.vocab_size)
+    BannedWords(tokenizer, banned)(ids, logits_V)
+    return set(np.flatnonzero(logits_V == -np.inf).tolist())
+
+
+@pytest.mark.parametrize("kind", NO_WORD_KIND)
+@pytest.mark.parametrize(("text", "is_there"), [
+    ("Ngiya", True), ("uthi NGIYA", True), ("“ngiya", True), ("'ngiya", True), ("ngiya'", True), ("e-ngiya", True),
+    ("\nngiya", True), ("(ngiya", True), ("é ngiya", True),
+    ("engiya", False), ("ngiyaa", False), ("ngiya ", False), ("ngiy", False), ("n'ngiya", False), ("éngiya", False),
+    ("2ngiya", False), ("", False), ("ngiya-", False),
+])  # fmt: skip
+def test_a_banned_word_cannot_end(kind, text, is_there):
+    tokenizer = TOKENIZERS[kind]
+    out = ruled_out(tokenizer, ["Ngiya"], [tokenizer.eos_id, *tokenizer.encode(text)])
+    if not is_there:
+        assert out == set()
+        return
+    assert tokenizer.eos_id in out
+    for token in range(tokenizer.vocab_size):
+        rest = tokenizer.token_bytes(token).decode("utf-8", "replace")
+        if rest[0] == "\ufffd":  # could be a quotation mark
+            assert token in out
+        elif rest[0] not in "'’":
+            assert (token in out) == (unicodedata.category(rest[0])[0] not in "LMN")
+
+
+def test_a_banned_word_of_a_closed_vocabulary_may_stand_in_its_punctuation():
+    tokenizer = Tokenizer.train(["inja inja. 'Inja' injana i-nja ikati-inja, yami"], kind="word")
+    out = ruled_out(tokenizer, ["inja"], [tokenizer.eos_id])
+    assert {tokenizer.token_bytes(id).decode() for id in out} == {"inja", "inja.", "'Inja'", "ikati-inja,"}
+
+
+def test_a_banned_word_may_be_long_and_in_any_normal_form():
+    tokenizer = TOKENIZERS["char"]
+    word = "é" * 70
+    for text in (word, word.upper(), "a " + word):
+        assert ruled_out(tokenizer, [unicodedata.normalize("NFD", word)], tokenizer.encode(text))
+    assert not ruled_out(tokenizer, [word], tokenizer.encode("é" + word))
+    assert not ruled_out(tokenizer, [word], tokenizer.encode("é" * 500))
+
+
+def test_a_banned_word_with_hyphens_is_compared_with_them():
+    tokenizer = TOKENIZERS["bpe"]
+    for text in ("e-Afrika", "le-e-Afrika", "“e-afrika"):
+        assert ruled_out(tokenizer, ["e-Afrika"], tokenizer.encode(text))
+    for text in ("Afrika", "e Afrika", "ke-Afrika"):
+        assert not ruled_out(tokenizer, ["e-Afrika"], tokenizer.encode(text))

@@ -614,6 +614,8 @@ def generate(
     beam_options = {"--groups": groups, "--diversity": diversity, "--length-penalty": length_penalty}
     if beams is None and (given := [name for name, value in beam_options.items() if value is not None]):
         raise UlimiError(f"{given[0]} goes with --beams")
+    if diversity is not None and groups in (None, 1):
+        raise UlimiError("--diversity keeps groups of beams apart: it goes with --groups, 2 or more")
     searching = "--beams" if beams is not None else "--contrastive" if contrastive is not None else None
     sampled = {
         "--temperature": temperature is not None, "--alpha": alpha is not None, "--top-p": top_p != 1,
@@ -636,7 +638,7 @@ def generate(
             min_tokens=min_tokens, min_words=min_words, min_chars=min_chars,
         ),
         beams=None if beams is None else Beams(
-            num=beams, num_groups=groups or 1, diversity=0.5 if diversity is None else diversity,
+            num=beams, num_groups=1 if groups is None else groups, diversity=0.5 if diversity is None else diversity,
             length_penalty=1.0 if length_penalty is None else length_penalty,
         ),
         contrastive=contrastive, repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram,

@@ -200,8 +200,8 @@ class WordWriter:
     def _close(self) -> None:
         if self._open.text or self._open.num_tokens:
             self._words.append(self._open)
+            self._num_words += self._is_word  # which looks at the characters before it
             self._num_chars += len(self._open.text)
-            self._num_words += self._is_word
         self._open = Word("", 0.0, 0)
 
     def _certain(self) -> bool:
@@ -259,7 +259,7 @@ def words_in(text: str) -> set[str]:
     for run in "".join(c if c == "-" or _in_word(c) else " " for c in text).split():
         parts = run.split("-")
         words |= {"-".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
-    return {stripped for word in words if (stripped := word.strip(APOSTROPHES))}
+    return {stripped for word in words if (stripped := word.strip(APOSTROPHES)).strip("-")}
 
 
 class BannedWords:

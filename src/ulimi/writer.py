@@ -160,7 +160,7 @@ class Writer:
             prompt: any text, in any Unicode normal form; it may end inside a word.
             num: texts; of a search the best ones, best first.
             seed: of sampling: the same seed gives the same texts.
-            on_word: told each word of the first text as soon as it is certain; a search knows none before its end.
+            on_word: told each word of the first text as soon as it is certain, of beams at their end.
 
         Raises:
             UlimiError: arguments that are not allowed.
@@ -179,7 +179,11 @@ class Writer:
             return WordWriter(self._tokenizer, self._writing.ending, before, typed)
 
         if beams is not None:
-            return self._search(beams, prompt, typed, context, starts, num, make)
+            texts = self._search(beams, prompt, typed, context, starts, num, make)
+            if on_word is not None:
+                for word in texts[0].words:
+                    on_word(word)
+            return texts
 
         writers = [make() for _ in range(num)]
         words: list[list[Word]] = [[] for _ in range(num)]
