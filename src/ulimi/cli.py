@@ -475,7 +475,9 @@ def score(
 def judge(
     model: Annotated[
         Path | None,
-        typer.Option("--model", "-m", metavar="RUN", help=f"A run folder, or a shipped model's name ({DEFAULT_MODEL}).")
+        typer.Option(
+            "--model", "-m", metavar="RUN", help=f"A run folder, or a shipped model's name ({DEFAULT_MODEL})."
+        ),
     ] = None,
     hf: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Instead: a Hugging Face causal model's local folder.")
@@ -486,7 +488,9 @@ def judge(
     pairs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Your own pairs: phenomenon, good, bad, tabs between.")
     ] = None,
-    write: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the pairs; without a model judge none.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the pairs; without a model judge none.")
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Also print the pairs that are judged wrongly.")] = False,
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
