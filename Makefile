@@ -1,6 +1,8 @@
 # Two commands on a fresh machine that has Python (3.11 or newer), make and a compiler:
 #   make demo   trains a small isiZulu model on samples/, scores it and lets it write
 #   make test   passes the tests
+# and one that trains the shipped model again, in hours, from its corpora (scripts/isizulu-card.md names them):
+#   make isizulu-model CORPORA=/path/to/corpora
 # Each makes its own environment in .venv first; the second time there is nothing to do.
 
 PYTHON ?= python3
@@ -10,8 +12,9 @@ BIN := $(VENV)/bin
 # says how to get the CPU build.
 TORCH ?= torch==2.13.0
 DEMO ?= runs/demo
+ISIZULU ?= runs/isizulu-model
 
-.PHONY: demo test check format lint types clean
+.PHONY: demo demo-model isizulu-model test check format lint types clean
 .DELETE_ON_ERROR:
 
 $(BIN)/ulimi: pyproject.toml
@@ -31,10 +34,20 @@ $(DEMO)/README.md: $(BIN)/ulimi samples/isizulu.txt src/ulimi/recipes/demo.toml
 	rm -rf $(DEMO)
 	$(BIN)/ulimi train samples/isizulu.txt --recipe demo --out $(DEMO)
 
-demo: $(DEMO)/README.md
+# First the model that ships, then the small one that is trained here.
+demo: $(BIN)/ulimi
+	$(BIN)/ulimi generate "Namhlanje" --seed 1 --max-tokens 60
+	$(BIN)/ulimi suggest "Ngiyabonga kakh" --num 3
+	echo "Abantwana bafunda isiZulu esikoleni." | $(BIN)/ulimi score
+	$(MAKE) --no-print-directory demo-model
+
+demo-model: $(DEMO)/README.md
 	$(BIN)/ulimi evaluate $(DEMO)/corpus/valid.txt $(DEMO)/corpus/test.txt -m $(DEMO)
 	$(BIN)/ulimi generate "Namhlanje" -m $(DEMO) --seed 1 --max-tokens 60
 	$(BIN)/ulimi generate "Umfundi" -m $(DEMO) --seed 2 --max-tokens 40 --probabilities
+
+isizulu-model: $(BIN)/ulimi
+	ULIMI=$(BIN)/ulimi scripts/isizulu-model.sh "$(CORPORA)" "$(ISIZULU)"
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest

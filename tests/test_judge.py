@@ -295,7 +295,6 @@ def test_judge_refuses_what_it_cannot_do(refused, tiny_run, tmp_path):
     assert "phenomenon is 'adjectiv'; allowed: subject-present, " in refused(
         "judge", "-m", tiny_run.dir, "--phenomenon", "adjectiv"
     )
-    assert "one model, --model RUN or --hf DIR" in refused("judge")
     assert "one model" in refused("judge", "-m", tiny_run.dir, "--hf", tmp_path)
     assert "--num" in refused("judge", "-m", tiny_run.dir, "--num", "0")
     assert "no such" in refused("judge", "-m", tiny_run.dir, "--pairs", tmp_path / "none.tsv").lower()

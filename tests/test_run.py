@@ -37,13 +37,13 @@ LAYERS = [
     {"report"},
     {"recipe", "model", "loss", "plot"},
     {"optim", "adapt", "export"},
-    {"train"},
+    {"train", "release"},
     {"cli"},
     {"__main__"},
 ]
 """a module may import those of the layers above its own"""
 
-TRAINING_FLOOR = {"recipe", "model", "loss", "optim", "train", "adapt", "plot", "export"}
+TRAINING_FLOOR = {"recipe", "model", "loss", "optim", "train", "adapt", "plot", "export", "release"}
 LIGHT_FLOOR = set().union(*LAYERS) - TRAINING_FLOOR
 HEAVY = {"torch", "safetensors", "tomli_w", "matplotlib", "tensorboard", "onnx"}
 

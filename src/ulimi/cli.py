@@ -46,10 +46,15 @@ app = typer.Typer(
 corpus_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prepare text to train on.")
 app.add_typer(corpus_app, name="corpus")
 
-ModelOption = Annotated[Path, typer.Option("--model", "-m", metavar="RUN", help="The run folder.")]
+ModelOption = Annotated[
+    Path, typer.Option("--model", "-m", metavar="RUN", help="A run folder, or a shipped model's name.")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 EngineOption = Annotated[str, typer.Option(help="auto, onnx (int8) or torch; an n-gram model has none.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+
+DEFAULT_MODEL = Path("isizulu")
+"""ships with the package, see `ulimi.run.open_run`"""
 
 TEMPERATURE = 0.7
 
@@ -149,7 +154,7 @@ def train(
         raise UlimiError("--resume continues the run in --out, which remembers where it started: leave out --init-from")
     source = open_run(init_from) if init_from is not None else None
     if source is not None:
-        source.need_network("--init-from")
+        source.need_weights("--init-from")
     overrides = settings or []
     if source is not None and not new_tokenizer and any(text.startswith("tokenizer.") for text in overrides):
         raise UlimiError("--init-from keeps that run's tokenizer: tokenizer settings need --new-tokenizer")
@@ -226,7 +231,7 @@ def ngram(
 @app.command()
 def evaluate(
     files: Annotated[list[Path], typer.Argument(help="Text files, plain, .gz or .zst.")],
-    model: ModelOption,
+    model: ModelOption = DEFAULT_MODEL,
     stateless: Annotated[bool, typer.Option("--stateless", help="Each line by itself, not one stream.")] = False,
     cache: Annotated[bool, typer.Option("--cache", help="Mix in a neural cache.")] = False,
     cache_theta: Annotated[float | None, typer.Option(help="Flatness of the cache (2.0).")] = None,
@@ -290,8 +295,8 @@ def evaluate(
         raise UlimiError("--stats-from goes with --dynamic")
     scorer: Scorer
     if cache or dynamic:
+        run.need_weights("--cache" if cache else "--dynamic")
         _need_training_extra()
-        run.need_network("--cache" if cache else "--dynamic")
         if run.alpha != 1:
             raise UlimiError(f"{run.dir} is a sparse model (entmax): --cache and --dynamic are for softmax models")
         from ulimi.adapt import Cache, Dynamic
@@ -392,7 +397,8 @@ def _settings_of(switch: str, on: bool, **given: float | None) -> dict[str, Any]
 
 def _engine_for_figures(run: "Run", engine: str) -> str:
     """A figure is that of the weights where they can be run: how their int8 copy rounds depends on the whole batch."""
-    return "torch" if engine == "auto" and not run.is_ngram and find_spec("torch") is not None else engine
+    can_run = not run.is_ngram and run.has_weights and find_spec("torch") is not None
+    return "torch" if engine == "auto" and can_run else engine
 
 
 def _static_scorer(run: "Run", engine: "Engine", stateless: bool) -> "Scorer":
@@ -434,7 +440,7 @@ def _adaptive_scorer(run: "Run", device: str, stats_from: Path | None, cache: An
 
 @app.command()
 def score(
-    model: ModelOption,
+    model: ModelOption = DEFAULT_MODEL,
     file: Annotated[str, typer.Argument(help="A text file; - is standard input.")] = "-",
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
@@ -467,7 +473,12 @@ def score(
 
 @app.command()
 def judge(
-    model: Annotated[Path | None, typer.Option("--model", "-m", metavar="RUN", help="The run folder.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", "-m", metavar="RUN", help=f"A run folder, or a shipped model's name ({DEFAULT_MODEL})."
+        ),
+    ] = None,
     hf: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Instead: a Hugging Face causal model's local folder.")
     ] = None,
@@ -477,7 +488,9 @@ def judge(
     pairs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Your own pairs: phenomenon, good, bad, tabs between.")
     ] = None,
-    write: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the pairs that are judged.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the pairs; without a model judge none.")
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Also print the pairs that are judged wrongly.")] = False,
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
@@ -490,8 +503,10 @@ def judge(
     from ulimi.judge import judge as judge_pairs
     from ulimi.run import open_run
 
-    if (model is None) == (hf is None) and (hf is not None or write is None):
-        raise UlimiError("judge needs one model, --model RUN or --hf DIR; --write FILE alone needs none")
+    if model is not None and hf is not None:
+        raise UlimiError(f"judge takes one model: --model {model} and --hf {hf} are two")
+    if model is None and hf is None and write is None:
+        model = DEFAULT_MODEL
     chosen = [*dict.fromkeys(phenomenon or [])]
     if pairs is None:
         for name in chosen:
@@ -549,7 +564,7 @@ def _share(value: float | None) -> str:
 
 @app.command()
 def generate(
-    model: ModelOption,
+    model: ModelOption = DEFAULT_MODEL,
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="[PROMPT]…", help="None: a new text. It may end inside a word.")
     ] = None,
@@ -732,7 +747,7 @@ def _printable(text: str) -> str:
 @app.command()
 def suggest(
     text: Annotated[str, typer.Argument(metavar="PREFIX", help="The text typed so far; - reads one a line.")],
-    model: ModelOption,
+    model: ModelOption = DEFAULT_MODEL,
     num: Annotated[int, typer.Option(min=1, help="Words at most.")] = 5,
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
@@ -836,14 +851,15 @@ def export(
     ] = None,
 ) -> None:
     """Write model.onnx, int8, which runs without PyTorch; training ends with this by itself."""
+    from ulimi.run import open_run
+
+    opened = open_run(run)
+    opened.need_weights("ulimi export")
     _need_training_extra()
     from ulimi.data import encode_file
     from ulimi.export import describe_export, export_onnx
     from ulimi.files import write_json
-    from ulimi.run import open_run
 
-    opened = open_run(run)
-    opened.need_network("ulimi export")
     valid_path = valid or opened.text_path("valid")
     if valid_path is None:
         raise UlimiError(f"{run}: its validation text is not where it was: name it with --valid")
@@ -853,8 +869,26 @@ def export(
 
 
 @app.command()
+def release(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to make.")],
+    card: Annotated[Path, typer.Option(metavar="FILE", help="Its model card: licence, attribution, limits.")],
+) -> None:
+    """Make the folder of a model that is to be given away: the int8 graph, no float weights, no local paths."""
+    _need_training_extra()
+    from ulimi.release import release as make_release
+    from ulimi.run import open_run
+
+    num_bytes = make_release(open_run(run), out, card)
+    typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB; try: ulimi generate -m {out}")
+
+
+@app.command()
 def info(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")], as_json: JsonOption = False
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, or a shipped model's name.")
+    ] = DEFAULT_MODEL,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what a run is: how it was trained, its scores, its curve."""
     from ulimi.info import summary

@@ -413,7 +413,7 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine
     if kind == "onnx" and not path.is_file():
         raise UlimiError(f"--engine onnx: {run.dir} holds no {ONNX}; `ulimi export {run.dir}` writes it")
     # A folder may hold the graph alone, without the weights that it was made of.
-    alone = not (run.dir / WEIGHTS).is_file()
+    alone = not run.has_weights
     has_torch = find_spec("torch") is not None
     if kind == "onnx" or (kind == "auto" and device in ("auto", "cpu") and path.is_file()):
         try:
@@ -430,6 +430,7 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine
                     f"--engine onnx: {path} was made of other weights than {WEIGHTS} beside it; "
                     f"`ulimi export {run.dir}` writes it anew"
                 )
+    run.need_weights(f"--engine {kind}" if kind == "torch" else f"--device {device}")
     if not has_torch:
         raise UlimiError(
             f"{run.dir} holds no {ONNX} of its weights; `ulimi export {run.dir}` writes it, or "

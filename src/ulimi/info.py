@@ -3,7 +3,7 @@
 from typing import Any
 
 from ulimi.errors import UlimiError
-from ulimi.run import Run
+from ulimi.run import CARD, Run
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -36,6 +36,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("validated on", _text(data["valid"])),
     ]  # fmt: skip
     rows += [] if run.is_ngram else _training_facts(run)
+    if (run.dir / CARD).is_file():
+        rows.append(("licence, limits", str(run.dir / CARD)))
     for name, score in meta.get("scores", {}).items():
         rows.append((f"score, {name}", score_text(score)))
     return rows

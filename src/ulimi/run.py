@@ -13,6 +13,9 @@
 
 The run of an n-gram model has ngram.npz, its counts, in place of recipe.toml, the weights, and what training leaves.
 
+A model that ships with the package lies in models/NAME and is opened by its name. It is what `ulimi.release` makes of a
+run: the graph without the weights, and MODEL_CARD.md.
+
 Light floor: reading a run folder needs no torch.
 """
 
@@ -24,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ulimi.errors import UlimiError
+from ulimi.errors import UlimiError, nearest
 from ulimi.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -33,10 +36,14 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 ONNX = "model.onnx"
 NGRAMS = "ngram.npz"
+CARD = "MODEL_CARD.md"
 CHECKPOINT = Path("last") / "checkpoint.safetensors"
 
 AWD_LSTM, NGRAM = "awd_lstm", "ngram"
 """the model types of config.json"""
+
+MODELS = Path(__file__).with_name("models")
+"""a folder a model that ships with the package"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,24 @@ class Run:
             raise UlimiError(
                 f"{what}: {self.dir} holds an n-gram model; this needs a network, as `ulimi train` makes it"
             )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights themselves are there, and not their graph alone."""
+        return (self.dir / WEIGHTS).is_file()
+
+    def need_weights(self, what: str) -> None:
+        """Refuse an n-gram model, and a graph without its weights, on behalf of what needs floats or gradients."""
+        self.need_network(what)
+        if not self.has_weights and (self.dir / ONNX).is_file():
+            raise UlimiError(
+                f"{what}: {self._name} has no float weights, only their int8 graph ({ONNX}); take a run folder that "
+                f"holds {WEIGHTS}: `ulimi train` makes one, and `make isizulu-model` the one behind the shipped model"
+            )
+
+    @property
+    def _name(self) -> str:
+        return f"the shipped model {self.dir.name}" if self.dir.parent == MODELS else str(self.dir)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -99,7 +124,7 @@ class Run:
     @property
     def weights_path(self) -> Path:
         """The best weights; an error if no epoch has ended yet."""
-        self.need_network(WEIGHTS)
+        self.need_weights(WEIGHTS)
         path = self.dir / WEIGHTS
         if not path.is_file():
             raise UlimiError(f"{self.dir}: no {WEIGHTS} yet; the first epoch of its training has not ended")
@@ -119,7 +144,8 @@ class Run:
     def text_path(self, part: str) -> Path | None:
         """Find the text of a part ("train", "valid"): where the run remembers it, or in its own corpus/, or nowhere."""
         entry = self.meta.get("data", {}).get(part, {})
-        places = [Path(entry["path"])] if "path" in entry else []
+        # Of a release only the file's name is left: what bears it where somebody stands is another text.
+        places = [path for path in [Path(entry.get("path", ""))] if path.is_absolute()]
         places.append(self.dir / "corpus" / f"{part}.txt")
         return next((place for place in places if place.is_file()), None)
 
@@ -136,14 +162,27 @@ class Run:
             raise UlimiError(f"{path}: cannot be read: {error}") from None
 
 
+def shipped_models() -> list[str]:
+    """List the models that come with the package."""
+    return sorted(path.parent.name for path in MODELS.glob("*/meta.json"))
+
+
 def open_run(path: Path) -> Run:
-    """Open a run folder.
+    """Open a run folder, or a model that ships with the package.
+
+    Args:
+        path: a run folder, or the name of a shipped model. Where both are there, a run folder in the current directory
+            wins; any other folder of that name, one of texts for instance, does not.
 
     Raises:
         UlimiError: no such folder, not a run folder, or one of a newer format.
     """
+    shipped = shipped_models()
+    if str(path) in shipped and not (path / "meta.json").is_file():
+        path = MODELS / path
     if not path.is_dir():
-        raise UlimiError(f"no run folder {str(path)!r}; `ulimi train CORPUS --out {path}` makes one")
+        names = f"; shipped with ulimi: {', '.join(shipped)}{nearest(str(path), shipped)}" if shipped else ""
+        raise UlimiError(f"no run folder {str(path)!r}; `ulimi train CORPUS --out {path}` makes one{names}")
     if not (path / "meta.json").is_file():
         raise UlimiError(f"{path} is not a run folder: it holds no meta.json")
     meta = _read_json(path / "meta.json")

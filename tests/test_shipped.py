@@ -1,0 +1,227 @@
+"""The model that ships: opened by its name, used without PyTorch, and what its folder must and must not hold.
+
+What its use is like is asked of a small stand-in too, which is released here.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from test_run import WITHOUT_HEAVY, python, refusal
+from ulimi import run as run_module
+from ulimi.cli import DEFAULT_MODEL
+from ulimi.engine import OnnxEngine, load_engine
+from ulimi.release import COPIED, MAX_BYTES, READ_BY_PEOPLE, release
+from ulimi.run import CARD, MODELS, ONNX, WEIGHTS, Run, open_run, shipped_models
+
+ROOT = Path(__file__).parent.parent
+REAL = MODELS / DEFAULT_MODEL
+
+
+@pytest.fixture(scope="session")
+def stand_in(tiny_run, tmp_path_factory):
+    """A folder of shipped models with one small model, of the default's name."""
+    models = tmp_path_factory.mktemp("models")
+    (models / "card.md").write_text("# a small model\n")
+    release(tiny_run, models / DEFAULT_MODEL, models / "card.md")
+    return models
+
+
+@pytest.fixture
+def small(stand_in, monkeypatch, tmp_path):
+    """Let the stand-in ship, and stand in an empty folder."""
+    monkeypatch.setattr(run_module, "MODELS", stand_in)
+    monkeypatch.chdir(tmp_path)
+    return stand_in / DEFAULT_MODEL
+
+
+@pytest.fixture(params=["stand-in", "real"])
+def models(request, stand_in):
+    """The folder of shipped models; the real one is skipped while it is not there."""
+    if request.param == "stand-in":
+        return stand_in
+    real()
+    return MODELS
+
+
+def real() -> Run:
+    if not REAL.is_dir():
+        pytest.skip("the model that ships is still in training")
+    return Run(REAL, json.loads((REAL / "meta.json").read_bytes()))
+
+
+# The name
+
+
+def test_a_name_opens_a_shipped_model_and_a_run_folder_of_that_name_wins(small, tiny_run):
+    assert shipped_models() == ["isizulu"]
+    assert open_run(Path("isizulu")).dir == small
+    Path("isizulu").mkdir()
+    (Path("isizulu") / "train.txt").write_text("Abantu bafunda.\n")  # a corpus of that name is no run
+    assert open_run(Path("isizulu")).dir == small
+    shutil.copytree(tiny_run.dir, "isizulu", dirs_exist_ok=True)
+    assert open_run(Path("isizulu")).dir == Path("isizulu")
+
+
+def test_a_path_never_means_a_shipped_model(small, tmp_path):
+    for path in (tmp_path / "isizulu", Path("runs/isizulu")):
+        assert "no run folder" in refusal(lambda path=path: open_run(path))
+
+
+def test_an_unknown_name_is_told_what_ships(small, monkeypatch, tmp_path):
+    message = refusal(lambda: open_run(Path("isizula")))
+    assert message.endswith("shipped with ulimi: isizulu; did you mean 'isizulu'?")
+    monkeypatch.setattr(run_module, "MODELS", tmp_path / "none")
+    assert shipped_models() == []
+    assert "shipped" not in refusal(lambda: open_run(Path("isizulu")))
+
+
+# Its use
+
+
+def test_every_command_works_with_it_by_default_where_there_is_no_pytorch(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("Abantu bafunda incwadi.\nInja ihamba ekhaya.\n")
+    result = python(f"""{WITHOUT_HEAVY}
+import io
+from pathlib import Path
+import ulimi.run
+ulimi.run.MODELS = Path({str(models)!r})
+from ulimi.cli import main
+for line in (
+    "generate Namhlanje --seed 1 --max-tokens 8", "suggest Ngiyabonga", "score text.txt", "score", "evaluate text.txt",
+    "evaluate text.txt --stateless", "evaluate text.txt --keystrokes", "evaluate text.txt --distribution",
+    "judge --num 1 --phenomenon relative", "info", "info isizulu --json", "generate -m isizulu --seed 1 --max-tokens 8",
+):
+    print("#", line, flush=True)
+    sys.argv = ["ulimi", *line.split()]
+    sys.stdin = io.TextIOWrapper(io.BytesIO(b"Umfundi ufunda.\\n"))
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (line, end.code)
+""")
+    assert result.returncode == 0, result.stderr
+    outputs = {
+        part.partition("\n")[0]: part.partition("\n")[2] for part in result.stdout.removeprefix("# ").split("\n# ")
+    }
+    assert len(outputs) == 12
+    assert outputs["generate Namhlanje --seed 1 --max-tokens 8"].startswith("Namhlanje")
+    assert len(outputs["suggest Ngiyabonga"].splitlines()) >= 1
+    assert "Umfundi ufunda." in outputs["score"]
+    assert "text.txt" in outputs["evaluate text.txt --keystrokes"]
+    assert "relative" in outputs["judge --num 1 --phenomenon relative"]
+    assert str(models / "isizulu" / CARD) in outputs["info"]
+    assert all(outputs.values())
+
+
+def test_figures_come_from_the_graph_quietly_where_there_are_no_weights(small, monkeypatch, capsys, tiny_run):
+    (Path("text.txt")).write_text("Abantu bafunda incwadi.\n")
+    figures = []
+    for options in (["--json"], ["-m", "isizulu", "--json"], ["-m", str(tiny_run.dir), "--engine", "onnx", "--json"]):
+        code, out, err = call(monkeypatch, capsys, "evaluate", "text.txt", *options)
+        assert (code, err) == (0, "")
+        figures.append(json.loads(out))
+    assert figures[0] == figures[1] == figures[2]
+
+
+@pytest.mark.parametrize(("line", "what"), [
+    ("evaluate text.txt --dynamic", "--dynamic"),
+    ("evaluate text.txt --cache", "--cache"),
+    ("evaluate text.txt --engine torch", "--engine torch"),
+    ("score text.txt --device cuda", "--device cuda"),
+    ("generate --engine torch --seed 1", "--engine torch"),
+    ("suggest Ngi --engine torch", "--engine torch"),
+    ("judge --num 1 --engine torch", "--engine torch"),
+    ("train text.txt --out new --init-from isizulu", "--init-from"),
+    ("export isizulu", "ulimi export"),
+    ("release isizulu --out new --card text.txt", "ulimi release"),
+])  # fmt: skip
+def test_what_needs_float_weights_says_so_in_one_line(small, monkeypatch, capsys, line, what):
+    Path("text.txt").write_text("Abantu bafunda incwadi.\n" * 30)
+    code, out, err = call(monkeypatch, capsys, *line.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"ulimi: error: {what}: the shipped model isizulu has no float weights")
+    assert WEIGHTS in err
+    assert not Path("new").exists()
+    assert not list(small.glob("*.npz"))
+
+
+def test_ngram_takes_the_tokenizer_of_a_shipped_model(small, monkeypatch, capsys, corpus_dir):
+    code, _, err = call(
+        monkeypatch, capsys, "ngram", corpus_dir, "--out", "n", "--order", "2", "--tokenizer-from", "isizulu"
+    )
+    assert code == 0, err
+    assert open_run(Path("n")).tokenizer.to_str() == open_run(Path("isizulu")).tokenizer.to_str()
+
+
+def call(monkeypatch, capsys, *args):
+    from ulimi import cli
+
+    monkeypatch.setattr("sys.argv", ["ulimi", *map(str, args)])
+    capsys.readouterr()
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    return code, *capsys.readouterr()
+
+
+# Its folder
+
+
+def test_the_folder_holds_what_using_needs_and_no_more(models):
+    folder = models / DEFAULT_MODEL
+    assert {path.name for path in folder.iterdir()} == {*COPIED, "meta.json", CARD}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < MAX_BYTES
+    meta = json.loads((folder / "meta.json").read_bytes())
+    assert OnnxEngine(folder / ONNX).weights_sha256 == meta["weights_sha256"]
+    assert hashlib.sha256((folder / ONNX).read_bytes()).hexdigest() == meta["graph_sha256"]
+    assert len(meta["weights_sha256"]) == 64
+    assert meta["onnx"]["kind"] == "int8"
+
+
+def test_no_file_names_a_place(models):
+    folder = models / DEFAULT_MODEL
+    for name in READ_BY_PEOPLE:
+        assert not re.findall(r"(?<![\w:/.])/\w[\w.-]*/[\w.-]+", (folder / name).read_text("utf-8")), name
+    # In the graph random bytes may look like a short path.
+    assert not re.findall(rb"(?<![\w:/.])/(?:[\w.-]{2,}/){2,}[\w.-]{2,}", (folder / ONNX).read_bytes())
+
+
+def attribution(name):
+    """Give it from a file, whatever its lines and quotation marks are."""
+    words = re.sub(r"\s+", " ", re.sub(r"(?m)^> ?", "", (ROOT / name).read_text("utf-8")))
+    return words[words.index("Trained on: Vuk'uzenzele") : words.index("CC BY 2.5 ZA.") + len("CC BY 2.5 ZA.")]
+
+
+def test_the_licence_and_the_card_say_the_same_attribution():
+    said = attribution("LICENSE-MODEL")
+    for source in (
+        "Thapelo Sindane", "State of the Nation", "SADiLaR-II", "CatchWord", "Wikipedia contributors",
+        "NCHLT Text Corpora", "released under CC BY-SA 4.0",
+    ):  # fmt: skip
+        assert source in said
+    assert attribution("scripts/isizulu-card.md") == said
+
+
+def test_the_shipped_card_is_complete():
+    card = real().dir / CARD
+    assert attribution(card) == attribution("LICENSE-MODEL")
+    text = card.read_text("utf-8")
+    assert text.startswith("---\nlicense: cc-by-sa-4.0\n")
+    assert "@@" not in text
+    assert text == (ROOT / "scripts" / "isizulu-card.md").read_text("utf-8")
+
+
+def test_the_shipped_model_says_of_isizulu_what_a_model_must():
+    engine = load_engine(real())
+    from ulimi.suggest import Suggester
+
+    words = [found.word for found in Suggester(engine, real().tokenizer).search("Ngiyabonga kakh", 3).words]
+    assert "kakhulu" in words
