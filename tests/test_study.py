@@ -172,6 +172,18 @@ def test_the_command_writes_a_study_and_goes_on_with_it(works, refused, tiny_run
     some = (*args, "--strategy", "greedy", "--strategy", "top-k 10", "--attested", corpus_dir / "train.txt")
     first = works(*some).out
     assert "| tiny | greedy |" in first
+    # The text itself: 4 lines, nothing that it could be compared with.
+    rests = [
+        " ".join(line.split()[2:])
+        for line in (corpus_dir / "test.txt").read_text().splitlines()
+        if len(line.split()) >= 7
+    ]
+    (itself,) = [
+        row for row in json.loads((tmp_path / "study" / "results.json").read_text())["rows"] if not row["model"]
+    ]
+    assert (itself["strategy"], itself["bleu"], itself["nats"]) == ("the text itself", None, None)
+    assert {sample["rest"] for sample in itself["samples"]} <= set(rests)
+    assert itself["words"]["mean"] == sum(len(s["written"].split()) for s in itself["samples"]) / 4
     assert {p.name for p in (tmp_path / "study").iterdir()} == {
         "index.html", "results.json", "study.json", "table.csv", "table.md", "texts",
     }  # fmt: skip

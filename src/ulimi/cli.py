@@ -838,7 +838,7 @@ def study(
         f"{max_words} words, up to the end of the paragraph. Intervals are 95 %.",
     ]
     if attested:
-        notes.append(f"attested: words of {', '.join(path.name for path in attested)}")
+        notes.append(f"attested: words of {', '.join(f'{p.parent.name}/{p.name}' for p in attested)}")
     write_report(out, f"Decoding strategies on {file.name}", notes, own, rows)
     typer.echo(f"{model_table(own)}\n\n{markdown_table(rows)}\n\n{out}/index.html shows samples and plots")
 

@@ -117,7 +117,7 @@ td:nth-child(n+3) {{ text-align: right; white-space: nowrap }} .plots {{ display
 def _samples(rows: Rows) -> str:
     parts = []
     for index, first in enumerate(rows[0]["samples"] if rows else []):
-        lines = [f"<tr><td></td><td>as it was</td><td>{html.escape(first['rest'])}</td></tr>"]
+        lines = []
         for row in rows:
             words = "".join(_coloured(text, p) for text, p in row["samples"][index]["words"])
             lines.append(

@@ -52,6 +52,7 @@ from ulimi.writer import Text, Writer, Writing
 STUDY_FILE = "study.json"
 NUM_RESAMPLES = 1000
 NUM_SAMPLES = 5
+ITSELF = "the text itself"
 METRICS = ("bleu", "chrf", "cer", "mauve", "distinct_2", "repetition", "attested", "words", "nats")
 PUNCTUATION = "\"'“”‘’«».,;:!?…()[]{}–—-/"
 
@@ -217,7 +218,8 @@ class Study:
             on_cell: told what comes next, how many cells are done, and how many there are.
 
         Returns:
-            A row a model and strategy: "model", "strategy", a `Figure` for each of `METRICS`, and "samples".
+            A row for the text itself, then one a model and strategy: "model", "strategy", a `Figure` for each of
+            `METRICS`, and "samples".
         """
         features = _Features(models[0])
         plan = [
@@ -225,7 +227,7 @@ class Study:
             for model in models
             for strategy in choose_strategies(names, strategies(model.engine.alpha, self.settings.max_words))
         ]
-        rows: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = [self._itself(attested)]
         done = 0
         total = sum(len(self._seeds(strategy)) for _, strategy in plan)
         for model, strategy in plan:
@@ -237,6 +239,23 @@ class Study:
             figures = judge_texts(seeds, attested, features)
             rows.append({"model": model.name, "strategy": strategy.name, **figures, "samples": seeds[0][:NUM_SAMPLES]})
         return rows
+
+    def _itself(self, attested: Callable[[str], bool] | None) -> dict[str, Any]:
+        """Judge the rests of the lines as if someone had written them: what the other rows are to be read against."""
+        records = [
+            {
+                "prompt": prompt,
+                "rest": rest,
+                "written": rest,
+                "words": [[f" {rest}", 1.0]],
+                "nats": 0.0,
+                "num_tokens": 0,
+            }
+            for prompt, rest in self.settings.prompts
+        ]
+        figures = judge_texts([records], attested, lambda texts: None)
+        figures |= dict.fromkeys(("bleu", "chrf", "cer", "nats"))
+        return {"model": "", "strategy": ITSELF, **figures, "samples": records[:NUM_SAMPLES]}
 
     def _seeds(self, strategy: Strategy) -> tuple[int, ...]:
         return self.settings.seeds if strategy.is_random else self.settings.seeds[:1]
@@ -296,7 +315,7 @@ def judge_texts(
     figures: dict[str, Figure | None] = {}
     for name, metric in (("bleu", BLEU(effective_order=False)), ("chrf", CHRF(word_order=2))):
         score = metric.corpus_score(written, [rests], n_bootstrap=NUM_RESAMPLES if len(records) > 1 else 1)
-        figures[name] = Figure(score.score, score._ci if len(records) > 1 else None)
+        figures[name] = Figure(float(score.score), float(score._ci) if len(records) > 1 else None)
     cers = [_character_errors(r["rest"], r["written"], jiwer) for r in records]
     figures["cer"] = _ratio([errors for errors, _ in cers], [length for _, length in cers])
     words = [text.split() for text in written]
