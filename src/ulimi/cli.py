@@ -56,7 +56,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object
 DEFAULT_MODEL = Path("isizulu")
 """ships with the package, see `ulimi.run.open_run`"""
 
-TEMPERATURE = 0.7
+TOP_P = 0.8
+"""of `ulimi generate`, where nothing else is asked for; docs/generation.md says why"""
 
 PROBABILITY_COLOURS = ((0.5, "green"), (0.1, "cyan"), (0.01, "yellow"), (0.001, "magenta"), (0.0, "red"))
 """a word at least this probable gets this colour"""
@@ -574,11 +575,14 @@ def generate(
     num: Annotated[int, typer.Option(min=1, help="Texts a prompt; with --beams the best ones.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
     temperature: Annotated[
-        float | None, typer.Option(help=f"Below 1 surer, above more varied, 0 the likeliest ({TEMPERATURE}).")
+        float | None, typer.Option(help="Below 1 surer, above more varied, 0 the likeliest (1).")
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Entmax: 1 = softmax … 2 = sparsemax (the model's own).")] = None,
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 = all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that hold this much; 1 = all.")] = 1.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help=f"Choose among the likeliest tokens that hold this much (1 = all; {TOP_P} if alone)."),
+    ] = None,
     min_p: Annotated[
         float, typer.Option(help="Choose among tokens at least so likely, the best being 1; 0 = all.")
     ] = 0.0,
@@ -633,7 +637,7 @@ def generate(
         raise UlimiError("--diversity keeps groups of beams apart: it goes with --groups, 2 or more")
     searching = "--beams" if beams is not None else "--contrastive" if contrastive is not None else None
     sampled = {
-        "--temperature": temperature is not None, "--alpha": alpha is not None, "--top-p": top_p != 1,
+        "--temperature": temperature is not None, "--alpha": alpha is not None, "--top-p": top_p is not None,
         "--min-p": min_p != 0, "--typical": typical != 1, "--top-k": top_k != 0 and contrastive is None,
         "--seed": seed is not None,
     }  # fmt: skip
@@ -641,11 +645,13 @@ def generate(
         raise UlimiError(f"{given[0]} is for sampling; {searching} chooses without chance: leave one of them out")
     opened = open_run(model)
     loaded = load_engine(opened, device, kind=engine)
+    # A sparse model has made its own choice of tokens.
+    plain = loaded.alpha == 1 and not any(is_given for name, is_given in sampled.items() if name != "--seed")
     writing = Writing(
         sampling=Sampling(
-            temperature=TEMPERATURE if temperature is None else temperature,
+            temperature=1.0 if temperature is None else temperature,
             alpha=loaded.alpha if alpha is None else alpha,
-            top_k=top_k, top_p=top_p, min_p=min_p, typical=typical,
+            top_k=top_k, top_p=(TOP_P if plain else 1.0) if top_p is None else top_p, min_p=min_p, typical=typical,
         ),
         ending=Ending(
             max_tokens=max_tokens, at=end, stops=tuple(text.replace("\\n", "\n") for text in stop or []),
