@@ -145,7 +145,7 @@ for name in blocked:
     sys.modules[name] = None  # importing it raises ImportError, and find_spec finds nothing
 from ulimi.cli import main
 for arguments in (
-    ["generate", "Ngi", "-m", {str(tiny_run.dir)!r}, "--seed", "1", "--max-tokens", "5", "--json"],
+    ["generate", "Ngi\\n", "-m", {str(tiny_run.dir)!r}, "--seed", "1", "--max-tokens", "5", "--json"],
     ["score", "-m", {str(tiny_run.dir)!r}, {str(corpus_dir / "valid.txt")!r}],
     ["evaluate", {str(corpus_dir / "valid.txt")!r}, "-m", {str(tiny_run.dir)!r}, "--json"],
     ["info", {str(tiny_run.dir)!r}],

@@ -18,6 +18,7 @@ TEXTS = ["", "ab", "ab ", "ab a", "ab aba", "ab-", "ab-a", "b’", "ab. ", "(a",
 class FewEngine:
     """A few tokens are possible; their logits depend on the last two."""
 
+    alpha = 1.0
     batch_invariant = True
 
     def __init__(self, vocab_size: int, allowed: list[int], seed: int = 0) -> None:

@@ -784,10 +784,11 @@ def suggest(
 @app.command()
 def study(
     file: Annotated[Path, typer.Argument(help="A held-out text: first words of its lines are the prompts.")],
-    models: Annotated[
-        list[Path], typer.Option("--model", "-m", metavar="RUN", help="The run folder; several are set side by side.")
-    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder of the study.")],
+    models: Annotated[
+        list[Path] | None,
+        typer.Option("--model", "-m", metavar="RUN", help="Several are set side by side (the shipped isizulu)."),
+    ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread evenly over the text.")] = 100,
     prompt_words: Annotated[int, typer.Option(min=1, help="Words of a prompt.")] = 5,
     max_words: Annotated[int, typer.Option(min=1, help="Longest text, in words; it ends with its paragraph.")] = 40,
@@ -812,7 +813,7 @@ def study(
     from ulimi.score import score_distribution
     from ulimi.study import Attested, Model, Settings, Study, choose_strategies, cut_prompts, digest_of, strategies
 
-    runs = [open_run(path) for path in models]
+    runs = [open_run(path) for path in models or [DEFAULT_MODEL]]
     names = [run.dir.resolve().name for run in runs]
     if len(set(names)) < len(names):
         raise UlimiError(f"--model: the runs must have different names; got {', '.join(names)}")
