@@ -379,6 +379,12 @@ def test_a_required_word_that_a_start_has_begun_counts():
         line_ends={4}, starts=starts,
     )  # fmt: skip
     assert {hypothesis.ids for hypothesis in found} == {(1, 2, 0), (1, 2, 1), (1, 2, 4)}
+    # It is over inside this one.
+    whole = [Start((1, 2, 0), -1.0, ((*LINE, 1, 2),))]
+    found = beam_search(
+        engine, LINE, Beams(num=300), max_tokens=2, required=[word], ends_word_V=BEGINS_V, line_ends={4}, starts=whole
+    )
+    assert {hypothesis.ids for hypothesis in found} == {(1, 2, 0, token) for token in range(5)}
 
 
 # Refusals
