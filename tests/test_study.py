@@ -65,7 +65,8 @@ def test_strategies_have_names_of_their_own_and_are_chosen_by_their_beginning():
     with pytest.raises(UlimiError, match=r"--strategy 'nucleus': allowed: greedy, beam"):
         choose_strategies(["nucleus"], known)
     assert not any(s.is_random for s in choose_strategies(["greedy", "beam", "contrastive"], known))
-    # A sparse model's own alpha is where its sampling starts from.
+    # A sparse model's own alpha is where its sampling starts from; a lower one would write what it rules out.
+    assert [s.name for s in choose_strategies(["entmax"], strategies(1.5, 20))] == ["entmax 2.0"]
     assert {s.writing.sampling.alpha for s in choose_strategies(["temperature"], strategies(1.5, 20))} == {1.5}
 
 
@@ -91,6 +92,7 @@ def test_metrics_by_hand():
     assert figures["distinct_2"].half_width == pytest.approx(12.706 * np.std([0.4, 0.0], ddof=1) / math.sqrt(2))
     assert figures["mauve"] is None
     assert judge_texts([first], None, no_features)["attested"] is None
+    assert judge_texts([[*first, record("inja", "inja", math.inf)]], None, no_features)["nats"] is None
 
 
 def test_a_perfect_copy_scores_full_marks_and_nothing_scores_none():

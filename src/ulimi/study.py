@@ -127,7 +127,7 @@ def strategies(alpha: float, max_words: int) -> list[Strategy]:
     found += [sampled(f"top-p {p}", top_p=p) for p in (0.7, 0.8, 0.9, 0.95)]
     found += [sampled(f"min-p {p}", min_p=p) for p in (0.05, 0.1, 0.2)]
     found += [sampled(f"typical {p}", typical=p) for p in (0.2, 0.9)]
-    found += [sampled(f"entmax {a}", alpha=a) for a in (1.2, 1.5, 2.0) if a != alpha]
+    found += [sampled(f"entmax {a}", alpha=a) for a in (1.2, 1.5, 2.0) if a > alpha]
     found.append(sampled("temperature 0.7, top-p 0.9", temperature=0.7, top_p=0.9))
     found.append(sampled("temperature 0.7, repetition penalty 1.1", 1.1, temperature=0.7))
     return found
@@ -321,7 +321,9 @@ def judge_texts(
     words = [text.split() for text in written]
     figures["repetition"] = _ratio(*zip(*(_repeated(text) for text in words), strict=True))
     figures["words"] = _ratio([len(text) for text in words], [1] * len(words))
-    figures["nats"] = _ratio([r["nats"] for r in records], [max(1, r["num_tokens"]) for r in records])
+    nats = [r["nats"] for r in records]
+    # A sparse model may be made to write what it holds to be impossible.
+    figures["nats"] = _ratio(nats, [max(1, r["num_tokens"]) for r in records]) if np.isfinite(nats).all() else None
     figures["attested"] = None
     if attested is not None:
         bare = [[word for raw in text if (word := raw.strip(PUNCTUATION).casefold())] for text in words]
