@@ -287,6 +287,7 @@ def test_where_a_text_ends(kind, ending, expected):
     ("Ngiya!", Ending(stops=("giya",)), TEXT),
     ("Ngi", Ending(stops=("iya",)), TEXT),  # begins in what was typed
     ("Ng", Ending(stops=("iya",)), "Ng"),
+    ("Ngiya!", Ending(stops=("frika",)), "Ngiya! (eNingizimu.) A"),  # long after what was typed
 ], ids=str)  # fmt: skip
 def test_what_was_typed_is_not_counted(kind, typed, ending, expected):
     assert written(kind, TEXT, ending, typed) == expected
@@ -402,3 +403,11 @@ def test_a_banned_word_with_hyphens_is_compared_with_them():
         assert ruled_out(tokenizer, ["e-Afrika"], tokenizer.encode(text))
     for text in ("Afrika", "e Afrika", "ke-Afrika"):
         assert not ruled_out(tokenizer, ["e-Afrika"], tokenizer.encode(text))
+
+
+def test_a_token_of_an_apostrophe_and_more_ends_a_banned_word():
+    tokenizer = Tokenizer.train(["'inja'. 'ikati'."] * 9, kind="bpe", vocab_size=275)
+    texts = {tokenizer.token_bytes(id): id for id in range(tokenizer.vocab_size)}
+    out = ruled_out(tokenizer, ["inja"], tokenizer.encode("inja"))
+    assert texts[b"'."] in out
+    assert texts[b"'"] not in out
