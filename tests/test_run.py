@@ -418,3 +418,12 @@ def test_a_score_without_bounds_is_still_said():
     score = Score(1e9, 10, 1, 1, 10, 10).as_dict()
     assert score["perplexity"] is None
     assert "perplexity per token beyond all bounds" in score_text(score)
+
+
+def test_info_says_that_a_model_is_sparse(run_dir):
+    config = json.loads((run_dir / "config.json").read_text())
+    assert "entmax" not in dict(summary(open_run(run_dir)))["network"]
+    write_json(run_dir / "config.json", {**config, "entmax_alpha": 1.5})
+    assert dict(summary(open_run(run_dir)))["network"].endswith(", output 1.5-entmax")
+    write_json(run_dir / "config.json", {**config, "entmax_alpha": 3})
+    assert "entmax_alpha is 3; allowed: 1 (softmax) to 2" in refusal(lambda: open_run(run_dir).alpha)

@@ -30,7 +30,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("machine", f"{meta['machine']['cpu']}, {meta['machine']['device']}, threads: {meta['machine']['threads']}"),
         ("model" if run.is_ngram else "network", _ngram_text(meta, config) if run.is_ngram else
             f"AWD-LSTM, {meta['num_parameters'] / 1e6:.1f}M parameters: embedding {config['embedding_size']}, "
-            f"{config['num_layers']} layers of {config['hidden_size']}" + (", tied" if config["tie_weights"] else "")),
+            f"{config['num_layers']} layers of {config['hidden_size']}" + (", tied" if config["tie_weights"] else "")
+                    + (f", output {run.alpha:g}-entmax" if run.alpha != 1 else "")),
         ("tokenizer", f"{run.tokenizer.kind}, {run.tokenizer.vocab_size} tokens"),
         ("trained on", _text(data["train"])),
         ("validated on", _text(data["valid"])),
