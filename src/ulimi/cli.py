@@ -222,7 +222,7 @@ def ngram(
     ] = None,
     min_frequency: Annotated[int | None, typer.Option(help="of what occurs at least as often (1).")] = None,
 ) -> None:
-    """Make an n-gram model of a corpus, the baseline, in a run folder that every command takes which only uses a model."""
+    """Make an n-gram model of a corpus, the baseline, in a run folder; export and release need a network."""
     from ulimi.baseline import TokenizerSettings, make_ngram_run
     from ulimi.info import score_text
 
