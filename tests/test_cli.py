@@ -770,6 +770,8 @@ def test_what_is_written_can_be_read_back_by_a_pipe(tiny_run):
         (["--cache", "--dynamic-window", "5"], "--dynamic-window goes with --dynamic"),
         (["--cache-lambda", "0.1"], "--cache-lambda goes with --cache"),
         (["--stats-from", "x.txt"], "--stats-from goes with --dynamic"),
+        (["--keystrokes", "--cache-theta", "1"], "--cache-theta goes with --cache"),
+        (["--distribution", "--stats-from", "x.txt"], "--stats-from goes with --dynamic"),
     ],
 )
 def test_an_option_without_its_switch_is_refused(refused, tiny_run, corpus_dir, options, said):

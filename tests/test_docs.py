@@ -54,6 +54,16 @@ def test_architecture_names_every_module():
             assert f"  {path.name}" in text, f"ARCHITECTURE.md does not name {path.name}"
 
 
+def test_imports_go_down_the_list_of_architecture():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    names = re.findall(r"^  (\w+)\.py ", text, re.M)
+    for place, name in enumerate(names):
+        source = (ROOT / "src" / "ulimi" / f"{name}.py").read_text(encoding="utf-8")
+        imported = re.findall(r"^from ulimi\.(\w+) import", source, re.M)
+        imported += [n for found in re.findall(r"^from ulimi import (.+)$", source, re.M) for n in found.split(", ")]
+        assert set(imported) <= set(names[:place]), f"{name}.py imports a module that stands below it"
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_no_gap_is_left_and_every_link_leads_somewhere(path):
     text = path.read_text(encoding="utf-8")

@@ -135,6 +135,13 @@ def test_metrics_leave_out_a_row_that_is_being_written(run_dir):
     assert run.metrics() == []
 
 
+def test_a_folder_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(), tmp_path, Path("..")):
+        assert "this is a folder" in refusal(lambda path=path: write_text(path, "text"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_atomic_write_is_there_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "file.txt"
     with atomic_path(path) as unfinished:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from test_distribution import bisected
 from test_generate import GREEDY, make_engine, softmax
+from ulimi.distribution import log_probs
 from ulimi.errors import UlimiError
 from ulimi.sampling import (
     NoRepeatNgram,
@@ -19,7 +20,6 @@ from ulimi.sampling import (
     apply_rules,
     best_ids,
     filter_logits,
-    log_softmax,
     sample,
 )
 
@@ -150,13 +150,12 @@ def test_a_row_is_filtered_alike_alone_and_in_a_batch(logits_BV, sampling):
 def test_the_filters_leave_their_input_alone():
     logits_BV = np.array([[1.0, 2.0, 3.0]])
     filter_logits(logits_BV, Sampling(temperature=0.5, top_k=2, top_p=0.5))
-    log_softmax(logits_BV)
     assert logits_BV.tolist() == [[1.0, 2.0, 3.0]]
 
 
 def test_the_default_sampling_changes_no_probability():
     logits_BV = make_engine().table_VVV[0]
-    np.testing.assert_array_equal(log_softmax(filter_logits(logits_BV, Sampling())), log_softmax(logits_BV))
+    np.testing.assert_array_equal(log_probs(filter_logits(logits_BV, Sampling())), log_probs(logits_BV))
 
 
 def test_ties_at_the_border_of_top_k_keep_exactly_k_and_the_lowest_ids():
@@ -180,7 +179,7 @@ def test_the_nucleus_keeps_the_ids_of_its_tokens():
     probs_BV = np.array([[0.05, 0.5, 0.15, 0.3], [0.3, 0.15, 0.5, 0.05]])
     filtered_BV = filter_logits(np.log(probs_BV), Sampling(top_p=0.7))
     expected_BV = [[0, 0.5 / 0.8, 0, 0.3 / 0.8], [0.3 / 0.8, 0, 0.5 / 0.8, 0]]
-    np.testing.assert_allclose(np.exp(log_softmax(filtered_BV)), expected_BV)
+    np.testing.assert_allclose(np.exp(log_probs(filtered_BV)), expected_BV)
 
 
 def test_a_nucleus_that_reaches_p_exactly_takes_no_more():
@@ -224,7 +223,7 @@ def test_entmax_comes_after_the_temperature_and_before_the_filters():
     for temperature in (0.5, 1.0, 3.0):
         filtered_BV = filter_logits([logits], Sampling(temperature=temperature, alpha=1.5))
         expected = bisected([x / temperature for x in logits], 1.5)
-        np.testing.assert_allclose(np.exp(log_softmax(filtered_BV)), [expected], atol=1e-12)
+        np.testing.assert_allclose(np.exp(log_probs(filtered_BV)), [expected], atol=1e-12)
     # Softmax gives the second 0.27 of the best one's 0.73, sparsemax nothing: top-k keeps no token without probability.
     assert np.isfinite(filter_logits([[1.0, 0.0]], Sampling(alpha=2, top_k=2))).tolist() == [[True, False]]
 
@@ -237,9 +236,9 @@ def test_an_extreme_temperature_neither_overflows_nor_empties_a_row(temperature)
     assert not np.isnan(filtered_BV).any()
 
 
-def test_log_softmax_is_normalised_and_survives_large_logits():
+def test_log_probs_is_normalised_and_survives_large_logits():
     logits_BV = np.array([[1e30, 1e30, -INF], [-700.0, 700.0, 699.0], [0.0, 1.0, 2.0]])
-    log_probs_BV = log_softmax(logits_BV)
+    log_probs_BV = log_probs(logits_BV)
     assert log_probs_BV.dtype == np.float64
     np.testing.assert_allclose(np.exp(log_probs_BV), [softmax(row) for row in logits_BV.tolist()], atol=1e-15)
 
@@ -249,7 +248,7 @@ def test_log_softmax_is_normalised_and_survives_large_logits():
 def test_logits_that_are_not_finite_are_an_error(row, sampling):
     logits_BV = np.array([[1.0, 2.0, 3.0], row])
     rngs = [np.random.default_rng(0)] * 2
-    for call in (lambda: sample(logits_BV, sampling, rngs), lambda: log_softmax(logits_BV)):
+    for call in (lambda: sample(logits_BV, sampling, rngs), lambda: filter_logits(logits_BV, sampling)):
         with pytest.raises(UlimiError, match="not finite"):
             call()
 
@@ -273,8 +272,8 @@ def test_the_repetition_penalty_does_not_see_a_constant_added_to_the_logits(logi
     logits_BV = logits_BV.astype(np.float64)
     texts = [[0, logits_BV.shape[1] - 1]] * len(logits_BV)
     rules = [RepetitionPenalty(penalty)]
-    moved_BV = log_softmax(apply_rules(logits_BV + constant, rules, texts))
-    np.testing.assert_allclose(moved_BV, log_softmax(apply_rules(logits_BV, rules, texts)), atol=1e-9)
+    moved_BV = log_probs(apply_rules(logits_BV + constant, rules, texts))
+    np.testing.assert_allclose(moved_BV, log_probs(apply_rules(logits_BV, rules, texts)), atol=1e-9)
 
 
 @settings(max_examples=200)

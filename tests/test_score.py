@@ -353,6 +353,10 @@ def test_without_epsilon_the_softmax_models_perplexity_comes_out(works, refused,
     (plain,) = works("evaluate", path, "-m", tiny_run.dir, "--json").json
     assert row["epsilon_perplexity"] == pytest.approx(plain["perplexity"], rel=1e-5)
     assert (row["support"], row["impossible"]) == (320, 0)
+    one, _, both = works("evaluate", path, path, "-m", tiny_run.dir, "--distribution", "--json").json
+    assert (both["file"], both["num_tokens"]) == ("all", 2 * one["num_tokens"])
+    assert [both[key] for key in list(one)[3:]] == pytest.approx([one[key] for key in list(one)[3:]])
+    assert both["epsilon"] == one["epsilon"]
     assert works("evaluate", path, "-m", tiny_run.dir, "--distribution").out.split()[:4] == [
         "file",
         "tokens",

@@ -208,3 +208,25 @@ def test_the_command_writes_a_study_and_goes_on_with_it(works, refused, tiny_run
     (tmp_path / "other" / "file").write_text("")
     assert "holds other things" in refused(*args[:5], tmp_path / "other", "--prompt-words", 2)
     assert "different names" in refused(*args, "-m", tiny_run.dir)
+
+
+def test_an_ngram_model_has_no_contrastive_search_and_a_damaged_file_is_named(
+    works, refused, tiny_run, corpus_dir, tmp_path
+):
+    works("ngram", corpus_dir, "--out", tmp_path / "ngram", "--order", 2, "--kind", "char")
+    args = ("study", corpus_dir / "test.txt", "-m", tiny_run.dir, "-m", tmp_path / "ngram", "--out", tmp_path / "study",
+            "--num-prompts", 2, "--prompt-words", 2, "--max-words", 3, "--strategy", "greedy",
+            "--strategy", "contrastive 0.2")  # fmt: skip
+    works(*args)
+    rows = json.loads((tmp_path / "study" / "results.json").read_text())["rows"]
+    found = [(row["model"], row["strategy"]) for row in rows[1:]]
+    assert found == [("tiny", "greedy"), ("tiny", "contrastive 0.2, k 5"), ("ngram", "greedy")]
+    for name in ("texts/tiny-greedy-1.json", "study.json"):
+        (tmp_path / "study" / name).write_text("[")
+        assert f"{name}: cannot be read" in refused(*args, notes=True)
+
+
+def test_nats_are_not_measured_where_a_sparse_model_rules_out_what_was_written():
+    texts = [record("a b", "c"), {**record("a b", "c"), "nats": None}]
+    assert judge_texts([texts], None, no_features)["nats"] is None
+    assert judge_texts([texts[:1]], None, no_features)["nats"] == Figure(0.5, None)

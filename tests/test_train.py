@@ -771,6 +771,17 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, corpus, damage):
     assert "checkpoint.safetensors: cannot be read" in message
 
 
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path, corpus):
+    with pytest.raises(Interrupted):
+        train(corpus, tmp_path, tiny(), should_stop=stop_after(3))
+    tensors, progress = read_checkpoint(tmp_path)
+    progress["epoch_nats"] = progress.pop("epoch_loss")
+    save_file(tensors, tmp_path / CHECKPOINT, {"progress": json.dumps(progress)})
+    message = refusal(lambda: train(corpus, tmp_path, tiny(), resume=True))
+    assert "written by another ulimi" in message
+    assert "epoch_nats" in message
+
+
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")

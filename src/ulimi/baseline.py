@@ -1,4 +1,4 @@
-"""Make the run of an n-gram model: the baseline beside a network, in a folder that every command takes.
+"""Make the run of an n-gram model: the baseline beside a network, in a folder that every command takes which uses one.
 
 Light floor: counting needs no PyTorch.
 """
@@ -103,6 +103,11 @@ def make_ngram_run(
         note(
             f"order {', '.join(map(str, engine.fallback_orders))}: the text is too small or too regular to estimate "
             "discounts; 0.5, 1 and 1.5 are taken"
+        )
+    if valid_text.num_unknown:
+        note(
+            f"{valid_text.num_unknown:,} words of the validation text are <unk> to this closed vocabulary; its figures "
+            "compare only with models of the same vocabulary"
         )
 
     meta = {

@@ -88,7 +88,10 @@ def main() -> None:
         # PyTorch has no exception of its own for a CPU without memory.
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        _fail("out of memory: try a smaller data.batch_size, data.bptt, model.hidden_size or tokenizer.vocab_size")
+        _fail(
+            "out of memory: try a smaller data.batch_size, data.bptt, model.hidden_size or tokenizer.vocab_size; "
+            "to generate, fewer texts (--num) or --beams"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -219,7 +222,7 @@ def ngram(
     ] = None,
     min_frequency: Annotated[int | None, typer.Option(help="of what occurs at least as often (1).")] = None,
 ) -> None:
-    """Make an n-gram model of a corpus, the baseline, and leave it in a run folder that every command takes."""
+    """Make an n-gram model of a corpus, the baseline, in a run folder; export and release need a network."""
     from ulimi.baseline import TokenizerSettings, make_ngram_run
     from ulimi.info import score_text
 
@@ -280,6 +283,12 @@ def evaluate(
         raise UlimiError("--epsilon goes with --distribution")
     if not keystrokes and (suggestions or max_lines):
         raise UlimiError(f"--{'suggestions' if suggestions else 'max-lines'} goes with --keystrokes")
+    cache_settings = _settings_of("--cache", cache, theta=cache_theta, lambda_=cache_lambda, window=cache_window)
+    dynamic_settings = _settings_of(
+        "--dynamic", dynamic, lr=dynamic_lr, decay=dynamic_decay, epsilon=dynamic_epsilon, window=dynamic_window
+    )
+    if stats_from is not None and not dynamic:
+        raise UlimiError("--stats-from goes with --dynamic")
     run = open_run(model)
     if keystrokes:
         _evaluate_keystrokes(run, load_engine(run, device, kind=engine), files, suggestions or 3, max_lines, as_json)
@@ -288,12 +297,6 @@ def evaluate(
         scored = load_engine(run, device, kind=_engine_for_figures(run, engine))
         _evaluate_distribution(run, scored, files, epsilon, as_json)
         return
-    cache_settings = _settings_of("--cache", cache, theta=cache_theta, lambda_=cache_lambda, window=cache_window)
-    dynamic_settings = _settings_of(
-        "--dynamic", dynamic, lr=dynamic_lr, decay=dynamic_decay, epsilon=dynamic_epsilon, window=dynamic_window
-    )
-    if stats_from is not None and not dynamic:
-        raise UlimiError("--stats-from goes with --dynamic")
     scorer: Scorer
     if cache or dynamic:
         run.need_weights("--cache" if cache else "--dynamic")
@@ -366,20 +369,27 @@ def _evaluate_distribution(
     from ulimi.data import encode_file
     from ulimi.distribution import EPSILON
     from ulimi.progress import counting
-    from ulimi.score import score_distribution
+    from ulimi.score import DistributionScore, score_distribution
 
-    table = [("file", "tokens", "epsilon", "eps-ppl", "sparsemax", "JS", "support", "impossible")]
+    rows: list[tuple[str, DistributionScore]] = []
     for path in files:
         with counting(f"reading {path}") as on_tokens:
-            ids = encode_file(path, run.tokenizer).ids
-            scores = score_distribution(
-                engine, ids, run.tokenizer.eos_id, EPSILON if epsilon is None else epsilon, on_tokens
-            ).as_dict()
+            text = encode_file(path, run.tokenizer)
+            _warn_unknown(path, text.num_unknown)
+            rows.append((str(path), score_distribution(
+                engine, text.ids, run.tokenizer.eos_id, EPSILON if epsilon is None else epsilon, on_tokens
+            )))  # fmt: skip
+    if len(rows) > 1:
+        first, *others = (score for _, score in rows)
+        rows.append(("all", sum(others, start=first)))
+    table = [("file", "tokens", "epsilon", "eps-ppl", "sparsemax", "JS", "support", "impossible")]
+    for name, score in rows:
+        scores = score.as_dict()
         if as_json:
-            typer.echo(json.dumps({"file": str(path), **scores}))
+            typer.echo(json.dumps({"file": name, **scores}))
         perplexity = scores["epsilon_perplexity"]
         table.append((
-            str(path), f"{scores['num_tokens']:,}", f"{scores['epsilon']:g}",
+            name, f"{scores['num_tokens']:,}", f"{scores['epsilon']:g}",
             "inf" if perplexity is None else f"{perplexity:.2f}", f"{scores['sparsemax_score']:.4f}",
             f"{scores['js_divergence']:.4f}", f"{scores['support']:.1f}", f"{scores['impossible']:.2%}",
         ))  # fmt: skip
@@ -526,6 +536,10 @@ def judge(
     elif model is not None:
         run = open_run(model)
         scorer = run_scorer(load_engine(run, device, kind=_engine_for_figures(run, engine)), run.tokenizer)
+        if run.tokenizer.unk_id is not None:
+            words = {word for pair in asked for word in f"{pair.good} {pair.bad}".split()}
+            num_unknown = sum(run.tokenizer.unk_id in run.tokenizer.encode(word) for word in words)
+            _warn_unknown("the pairs", num_unknown)
     else:
         return
     _print_judgement(judge_pairs(scorer, asked), show, as_json)
@@ -666,11 +680,13 @@ def generate(
         banned=tuple(ban or []), required=tuple(require or []),
     )  # fmt: skip
     writer = Writer(loaded, opened.tokenizer, writing)
-    if seed is None and not searching:
+    says_seed = seed is None and not searching
+    if seed is None:
         seed = secrets.randbelow(2**31)
-        typer.echo(f"seed {seed}", err=True)
     lines = read_lines(prompts_from) if prompts_from is not None else prompts or [""]
     for index, prompt in enumerate(lines):
+        if index == 0 and says_seed:
+            typer.echo(f"seed {seed}", err=True)
         if index and not as_json:
             typer.echo("")
         _generate_one(writer, prompt, num, None if searching else seed, probabilities, as_json)
@@ -703,7 +719,8 @@ def _generate_one(
     for row, text in enumerate(texts):
         if as_json:
             record: dict[str, Any] = {
-                "prompt": text.prompt, "text": text.text, "seed": seed, "index": row, "nats": text.nats,
+                "prompt": text.prompt, "text": text.text, "seed": seed, "index": row,
+                "nats": text.nats if math.isfinite(text.nats) else None,  # a sparse model may rule out a token
                 "num_tokens": text.num_tokens,
             }  # fmt: skip
             if text.score is not None:
@@ -760,8 +777,6 @@ def suggest(
     as_json: JsonOption = False,
 ) -> None:
     """Suggest whole words, with probabilities: how the word begun may end, or, after a space, the next one."""
-    from dataclasses import asdict
-
     from ulimi.corpus import read_lines
     from ulimi.engine import load_engine
     from ulimi.run import open_run
@@ -822,7 +837,7 @@ def study(
         for name, run in zip(names, runs, strict=True)
     ]
     chosen = strategy or []
-    choose_strategies(chosen, strategies(loaded[0].engine.alpha, max_words))
+    choose_strategies(chosen, [known for model in loaded for known in strategies(model.engine.alpha, max_words)])
     known = Attested(attested) if attested else None
     if known is not None:
         _ = known.words  # now, not after hours
@@ -936,7 +951,7 @@ def corpus_clean(
         list[Path],
         typer.Argument(metavar="FILE…", help="Text files (plain, .gz, .zst), or a corpus folder with train.txt."),
     ],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="The cleaned file; a folder for several.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="The cleaned file; a folder for several.")],
     keep: Annotated[
         list[str] | None, typer.Option(metavar="RULE", help="Leave out a rule; may be given several times.")
     ] = None,

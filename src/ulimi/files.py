@@ -7,10 +7,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ulimi.errors import UlimiError
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which becomes `path` when the block ends well, and vanishes when it does not."""
+    """Give a path to write to, which becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UlimiError: there is a folder of that name.
+    """
+    if path.is_dir():
+        raise UlimiError(f"{path}: this is a folder; give a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

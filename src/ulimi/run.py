@@ -99,7 +99,7 @@ class Run:
     @cached_property
     def alpha(self) -> float:
         """What turns the network's logits into probabilities: 1 is softmax, above it entmax."""
-        alpha = _read_json(self.dir / "config.json").get("entmax_alpha", 1.0)
+        alpha = self._config.get("entmax_alpha", 1.0)
         if not isinstance(alpha, int | float) or not 1 <= alpha <= 2:
             raise UlimiError(
                 f"{self.dir}/config.json: entmax_alpha is {alpha!r}; allowed: 1 (softmax) to 2 (sparsemax)"

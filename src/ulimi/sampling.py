@@ -105,15 +105,6 @@ class NoRepeatNgram:
                 logits_V[ids[start + n - 1]] = -np.inf
 
 
-def log_softmax(logits_BV: ArrayLike) -> NDArray[np.float64]:
-    """Normalise logits (B, V) to log-probabilities (B, V) in nats, in float64.
-
-    Raises:
-        UlimiError: a row has a NaN or +inf, or nothing but -inf.
-    """
-    return log_probs(checked_logits(logits_BV))
-
-
 def filter_logits(logits_BV: ArrayLike, sampling: Sampling) -> NDArray[np.float64]:
     """Give the logits (B, V) to sample from: steps 2 to 6 of the module's order.
 

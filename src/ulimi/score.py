@@ -105,6 +105,11 @@ class DistributionScore:
     num_impossible: int
     """tokens of the text that were"""
 
+    def __add__(self, other: "DistributionScore") -> "DistributionScore":
+        """The score of two texts together, by the same epsilon."""
+        mine, theirs = asdict(self), asdict(other)
+        return DistributionScore(**{key: mine[key] + theirs[key] for key in mine} | {"epsilon": self.epsilon})
+
     def as_dict(self) -> dict[str, Any]:
         """The keys of `--json`: means over tokens."""
         n = self.num_tokens

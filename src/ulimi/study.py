@@ -14,7 +14,8 @@ What each figure is:
     repetition          share of a text's word trigrams that it had already
     attested            share of words that stand in the attested text
     words               words of what was written, cut-off ones left out
-    nats                nats a token under the model itself, for what was written
+    nats                nats a token under the model itself, for what was written; not measured where a sparse model
+                        rules out some of it
 
 Intervals are 95 %: of bleu and chrf by sacrebleu's bootstrap, of per-text means by ours, both over texts of all seeds;
 of distinct_2 and mauve from the seeds (Student's t), none for one seed.
@@ -143,7 +144,20 @@ def choose_strategies(names: Sequence[str], known: Sequence[Strategy]) -> list[S
         if not any(strategy.name.startswith(name) for strategy in known):
             allowed = dict.fromkeys(strategy.name.split()[0] for strategy in known)
             raise UlimiError(f"--strategy {name!r}: allowed: {', '.join(allowed)}{nearest(name, allowed)}")
-    return [strategy for strategy in known if not names or strategy.name.startswith(tuple(names))]
+    return [strategy for strategy in known if _is_chosen(strategy, names)]
+
+
+def _is_chosen(strategy: Strategy, names: Sequence[str]) -> bool:
+    return not names or strategy.name.startswith(tuple(names))
+
+
+def _has_output(engine: Engine) -> bool:
+    """Whether a model has outputs, which contrastive search and MAUVE compare."""
+    try:
+        engine.output(engine.initial_state(1))
+    except UlimiError:
+        return False
+    return True
 
 
 def cut_prompts(lines: Iterable[str], num: int, num_words: int, min_rest: int = 5) -> list[tuple[str, str]]:
@@ -180,7 +194,7 @@ class Study:
         self.out, self.settings = out, settings
         path = out / STUDY_FILE
         if path.is_file():
-            if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(asdict(settings))):
+            if _read_json(path) != json.loads(json.dumps(asdict(settings))):
                 raise UlimiError(f"{out} holds a study of other settings, text or models; give another --out")
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UlimiError(f"--out {out}: holds other things; give a new folder")
@@ -193,7 +207,7 @@ class Study:
         name = f"{model.name}-{strategy.name}-{seed}".replace(" ", "_").replace(",", "").replace("/", "_")
         path = self.out / "texts" / f"{name}.json"
         if path.is_file():
-            kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+            kept: list[dict[str, Any]] = _read_json(path)
             return kept
         writer = Writer(model.engine, model.tokenizer, strategy.writing)
         records = []
@@ -213,7 +227,8 @@ class Study:
 
         Args:
             models: those of the settings; the first gives MAUVE its features.
-            names: strategies to take, by the beginning of their names; all for none.
+            names: strategies to take, by the beginning of their names; all for none. Contrastive search is left out
+                for a model without outputs, an n-gram model.
             attested: whether a word, in lower case without punctuation, is known; None: not measured.
             on_cell: told what comes next, how many cells are done, and how many there are.
 
@@ -225,7 +240,8 @@ class Study:
         plan = [
             (model, strategy)
             for model in models
-            for strategy in choose_strategies(names, strategies(model.engine.alpha, self.settings.max_words))
+            for strategy in strategies(model.engine.alpha, self.settings.max_words)
+            if _is_chosen(strategy, names) and (strategy.writing.contrastive is None or _has_output(model.engine))
         ]
         rows: list[dict[str, Any]] = [self._itself(attested)]
         done = 0
@@ -261,6 +277,13 @@ class Study:
         return self.settings.seeds if strategy.is_random else self.settings.seeds[:1]
 
 
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UlimiError(f"{path}: cannot be read: {error}; remove it, and it is made anew") from None
+
+
 def _record(text: Text, rest: str) -> dict[str, Any]:
     words = [[word.text, math.exp(word.logprob)] for word in text.words]
     return {
@@ -268,7 +291,7 @@ def _record(text: Text, rest: str) -> dict[str, Any]:
         "rest": rest,
         "written": text.written.strip(),
         "words": words,
-        "nats": text.nats,
+        "nats": text.nats if math.isfinite(text.nats) else None,  # JSON has no infinity
         "num_tokens": text.num_tokens,
     }
 
@@ -282,13 +305,12 @@ class _Features:
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32] | None:
         """Give a row a text, (N, E); None for a model that has no outputs."""
         engine, tokenizer = self._model.engine, self._model.tokenizer
+        if not _has_output(engine):
+            return None
         rows = []
         for text in texts:
             _, state = engine.prime([tokenizer.eos_id, *tokenizer.encode(text)], engine.initial_state(1))
-            try:
-                rows.append(engine.output(state)[0])
-            except UlimiError:
-                return None
+            rows.append(engine.output(state)[0])
         return np.stack(rows)
 
 
@@ -322,8 +344,9 @@ def judge_texts(
     figures["repetition"] = _ratio(*zip(*(_repeated(text) for text in words), strict=True))
     figures["words"] = _ratio([len(text) for text in words], [1] * len(words))
     nats = [r["nats"] for r in records]
-    # A sparse model may be made to write what it holds to be impossible.
-    figures["nats"] = _ratio(nats, [max(1, r["num_tokens"]) for r in records]) if np.isfinite(nats).all() else None
+    # A sparse model may be made to write what it holds to be impossible; nothing in JSON stands for that.
+    finite = np.isfinite(np.asarray(nats, dtype=np.float64)).all()
+    figures["nats"] = _ratio(nats, [max(1, r["num_tokens"]) for r in records]) if finite else None
     figures["attested"] = None
     if attested is not None:
         bare = [[word for raw in text if (word := raw.strip(PUNCTUATION).casefold())] for text in words]

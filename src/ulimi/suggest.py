@@ -12,7 +12,6 @@ Light floor: the network is whatever `Engine` is given.
 
 import heapq
 import math
-import unicodedata
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,8 +22,9 @@ from numpy.typing import NDArray
 from ulimi.engine import Engine, EngineState
 from ulimi.spelling import Cover, TokenIndex, log_probs, search_covers, split_prompt
 from ulimi.tokenizer import Tokenizer
+from ulimi.words import APOSTROPHES, in_word
 
-JOINERS = "-'\N{RIGHT SINGLE QUOTATION MARK}\N{NON-BREAKING HYPHEN}"
+JOINERS = "-\N{NON-BREAKING HYPHEN}" + APOSTROPHES
 MAX_CONTEXTS = 4
 MAX_KNOWN = 256
 """texts remembered after each context; of each the state and V log-probabilities"""
@@ -301,7 +301,7 @@ class _Search:
 
 def is_word_character(character: str) -> bool:
     """Tell whether a character can stand in a word, at least inside."""
-    return character in JOINERS or unicodedata.category(character)[0] in "LMN"
+    return character in JOINERS or in_word(character)
 
 
 def word_begun(text: str) -> str:

@@ -495,7 +495,10 @@ class Trainer:
                 f"--device {progress['device']}"
             )
         num_iterates, window_rng = progress.pop("num_iterates"), progress.pop("window_rng")
-        self.progress = Progress(**progress)
+        try:
+            self.progress = Progress(**progress)
+        except TypeError as error:
+            raise UlimiError(f"{path} was written by another ulimi, which alone can resume it: {error}") from None
         self.window_rng.bit_generator.state = window_rng
         self.rng.set_state(tensors.pop("rng"))
         with torch.no_grad():

@@ -236,8 +236,7 @@ def begins_word(tokenizer: Tokenizer) -> NDArray[np.bool_]:
     """Tell of each token, (V,), whether a `Word` before it is over: it begins with white space or ends the line."""
     if not tokenizer.is_lossless:
         return np.ones(tokenizer.vocab_size, dtype=bool)
-    firsts = [tokenizer.token_bytes(id).decode("utf-8", "replace")[:1] for id in range(tokenizer.vocab_size)]
-    return np.array([first.isspace() for first in firsts])
+    return np.array([first.isspace() for first in _first_characters(tokenizer)])
 
 
 def ends_word(tokenizer: Tokenizer) -> NDArray[np.bool_]:
@@ -245,8 +244,12 @@ def ends_word(tokenizer: Tokenizer) -> NDArray[np.bool_]:
     if not tokenizer.is_lossless:
         return np.ones(tokenizer.vocab_size, dtype=bool)
     # A byte above 0x7f alone is part of a letter, as far as anyone can tell.
-    firsts = [tokenizer.token_bytes(id).decode("utf-8", "replace")[:1] for id in range(tokenizer.vocab_size)]
-    return np.array([not (first == "\ufffd" or _in_word(first)) for first in firsts])
+    return np.array([not (first == "\ufffd" or in_word(first)) for first in _first_characters(tokenizer)])
+
+
+def _first_characters(tokenizer: Tokenizer) -> list[str]:
+    """Give each token's first character, U+FFFD where it begins inside one."""
+    return [tokenizer.token_bytes(id).decode("utf-8", "replace")[:1] for id in range(tokenizer.vocab_size)]
 
 
 def words_in(text: str) -> set[str]:
@@ -256,7 +259,7 @@ def words_in(text: str) -> set[str]:
     and so are those beside each other together.
     """
     words: set[str] = set()
-    for run in "".join(c if c == "-" or _in_word(c) else " " for c in text).split():
+    for run in "".join(c if c == "-" or in_word(c) else " " for c in text).split():
         parts = run.split("-")
         words |= {"-".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
     return {stripped for word in words if (stripped := word.strip(APOSTROPHES)).strip("-")}
@@ -296,7 +299,7 @@ class BannedWords:
     def _banned_at_end(self, ids: Sequence[int]) -> bool:
         text = self._folded(self._tokenizer.decode(ids[-self._num_tail :]))
         start = len(text)
-        while start and (text[start - 1] == "-" or _in_word(text[start - 1])):
+        while start and (text[start - 1] == "-" or in_word(text[start - 1])):
             start -= 1
         parts = text[start:].split("-")
         return any("-".join(parts[i:]).strip(APOSTROPHES) in self._words for i in range(len(parts)))
@@ -312,11 +315,12 @@ def check_words(words: Iterable[str], what: str) -> None:
         raise UlimiError(f"{what} must be one word, of letters, digits, hyphens and apostrophes; got {wrong!r}")
 
 
-def _in_word(character: str) -> bool:
+def in_word(character: str) -> bool:
+    """Tell whether a character can stand in a word without hyphens: a letter, mark, digit or apostrophe."""
     return character in APOSTROPHES or unicodedata.category(character)[0] in "LMN"
 
 
 def _surely_goes_on(text: str) -> bool:
     """Whether a token goes on with a word before it: apostrophes alone may still do so."""
     rest = text.lstrip(APOSTROPHES)
-    return _in_word(rest[0]) if rest else bool(text)
+    return in_word(rest[0]) if rest else bool(text)
