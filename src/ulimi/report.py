@@ -24,7 +24,7 @@ DIGITS = {"bleu": 2, "chrf": 1, "words": 1}
 HUES = ((0.5, "#a6dba0"), (0.1, "#d9f0d3"), (0.01, "#fff7bc"), (0.001, "#fdd0a2"), (0.0, "#fcae91"))
 """background of a word that is at least so probable"""
 
-PLOTS = (("repetition", "mauve"), ("distinct_2", "chrf"), ("attested", "distinct_2"))
+PLOTS = (("attested", "mauve"), ("words", "attested"), ("nats", "attested"))
 
 
 def write_report(
@@ -59,17 +59,26 @@ def markdown_table(rows: Rows) -> str:
 
 def model_table(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Set the models' own scores side by side."""
+    head, *rows = _model_cells(models)
     lines = [
-        "| model | ε-perplexity | sparsemax score | JS divergence | support | impossible |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| {' | '.join(head)} |",
+        "|---|" + "---:|" * (len(head) - 1),
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def _model_cells(models: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    cells: list[tuple[str, ...]] = [
+        ("model", "ε-perplexity", "sparsemax score", "JS divergence", "support", "impossible")
     ]
     for name, s in models.items():
         perplexity = "∞" if s["epsilon_perplexity"] is None else f"{s['epsilon_perplexity']:.2f}"
-        lines.append(
-            f"| {name} | {perplexity} | {s['sparsemax_score']:.4f} | {s['js_divergence']:.4f} | {s['support']:.1f} "
-            f"| {s['impossible']:.2%} |"
-        )
-    return "\n".join(lines)
+        cells.append((
+            name, perplexity, f"{s['sparsemax_score']:.4f}", f"{s['js_divergence']:.4f}", f"{s['support']:.1f}",
+            f"{s['impossible']:.2%}",
+        ))  # fmt: skip
+    return cells
 
 
 def csv_table(rows: Rows) -> str:
@@ -98,6 +107,9 @@ def page(title: str, notes: Sequence[str], models: Mapping[str, Mapping[str, Any
         + "</tr>"
         for row in rows
     )
+    own = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in _model_cells(models)
+    )
     plots = "".join(_plot(rows, x, y) for x, y in PLOTS if {x, y} <= set(names))
     legend = " ".join(f'<span style="background:{colour}">p ≥ {least}</span>' for least, colour in HUES)
     return f"""<!doctype html>
@@ -105,10 +117,10 @@ def page(title: str, notes: Sequence[str], models: Mapping[str, Mapping[str, Any
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }}
 table {{ border-collapse: collapse; font-size: 13px }} td, th {{ padding: .2rem .5rem; border-bottom: 1px solid #ddd }}
 td:nth-child(n+3) {{ text-align: right; white-space: nowrap }} .plots {{ display: flex; flex-wrap: wrap }}
-.samples td:nth-child(n) {{ text-align: left; white-space: normal; vertical-align: top }} pre {{ overflow-x: auto }}
+.samples td:nth-child(n) {{ text-align: left; white-space: normal; vertical-align: top }}
 </style></head><body><h1>{html.escape(title)}</h1>
 {"".join(f"<p>{html.escape(note)}</p>" for note in notes)}
-<pre>{html.escape(model_table(models))}</pre>
+<table>{own}</table><p></p>
 <table><tr>{head}</tr>{body}</table><div class="plots">{plots}</div>
 <h2>Samples</h2><p>A word's colour is its probability under the model: {legend}</p>{_samples(rows)}</body></html>
 """
@@ -138,7 +150,10 @@ def _plot(rows: Rows, x: str, y: str) -> str:
     figure, axis = plt.subplots(figsize=(6.2, 4.6), layout="constrained")
     for model in dict.fromkeys(row["model"] for row in rows):
         points = [row for row in rows if row["model"] == model and row[x] is not None and row[y] is not None]
-        axis.scatter([row[x].mean for row in points], [row[y].mean for row in points], s=16, label=model)
+        if not points:
+            continue
+        look = {"s": 16, "label": model} if model else {"s": 60, "marker": "*", "color": "black"}
+        axis.scatter([row[x].mean for row in points], [row[y].mean for row in points], **look)
         for row in points:
             axis.annotate(
                 row["strategy"], (row[x].mean, row[y].mean), fontsize=6, xytext=(3, 2), textcoords="offset points"
