@@ -439,7 +439,7 @@ def test_an_unknown_phenomenon_is_refused_with_those_that_are_known():
 
 
 def test_more_pairs_than_there_are_is_refused(monkeypatch):
-    monkeypatch.setattr("ulimi.grammar.ATTEMPTS_PER_PAIR", 3)
+    monkeypatch.setattr("ulimi.grammar.FRUITLESS_DRAWS", 3)
     with pytest.raises(UlimiError, match=r"num is 9000; coalescence has about [0-9]+ pairs"):
         pairs("coalescence", 9000)
 

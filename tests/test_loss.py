@@ -184,3 +184,10 @@ def test_the_graph_alone_is_sparse_too(sparse_run, tmp_path):
     engine = load_engine(open_run(tmp_path))
     assert isinstance(engine, OnnxEngine)
     assert engine.alpha == 1.5
+
+
+def test_it_is_said_that_the_nats_of_a_sparse_model_are_smoothed(works, sparse_run, tiny_run, corpus_dir):
+    path = corpus_dir / "valid.txt"
+    for command in (["evaluate", path], ["score", path]):
+        assert "is a sparse model: 1e-05 is added" in works(*command, "-m", sparse_run.dir).err
+        assert "sparse" not in works(*command, "-m", tiny_run.dir).err

@@ -191,15 +191,18 @@ def test_the_command_writes_a_study_and_goes_on_with_it(works, refused, tiny_run
     }  # fmt: skip
     names = {p.name for p in (tmp_path / "study" / "texts").iterdir()}
     assert names == {"tiny-greedy-1.json", "tiny-top-k_10-1.json", "tiny-top-k_10-2.json"}
-    texts = json.loads((tmp_path / "study" / "texts" / "tiny-top-k_10-1.json").read_text())
+    texts = json.loads((tmp_path / "study" / "texts" / "tiny-top-k_10-1.json").read_text())["texts"]
     assert len(texts) == 4
     assert all(len(text["written"].split()) <= 6 for text in texts)
 
-    # What is there is taken as it is; what is not is written.
-    (tmp_path / "study" / "texts" / "tiny-greedy-1.json").write_text(json.dumps([record("mina", "mina")] * 4))
-    again = works(*some).out
-    assert again != first
-    (tmp_path / "study" / "texts" / "tiny-greedy-1.json").unlink()
+    # What is there is taken as it is, where it was written in the same way; what is not is written.
+    greedy = tmp_path / "study" / "texts" / "tiny-greedy-1.json"
+    cell = json.loads(greedy.read_text())
+    greedy.write_text(json.dumps({**cell, "texts": [record("mina", "mina")] * 4}))
+    assert works(*some).out != first
+    greedy.write_text(json.dumps({"how": {**cell["how"], "engine": "Other"}, "texts": [record("mina", "mina")] * 4}))
+    assert works(*some).out == first
+    greedy.unlink()
     assert works(*some).out == first
 
     assert "another --out" in refused(*args, "--prompt-words", 3)

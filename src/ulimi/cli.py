@@ -312,6 +312,7 @@ def evaluate(
         )  # fmt: skip
     else:
         scorer = _static_scorer(run, load_engine(run, device, kind=_engine_for_figures(run, engine)), stateless)
+    _note_smoothed(run)
     rows: list[tuple[str, Score]] = []
     for path in files:
         with counting(f"reading {path}") as on_tokens:
@@ -465,6 +466,7 @@ def score(
 
     run = open_run(model)
     scorer = load_engine(run, device, kind=_engine_for_figures(run, engine))
+    _note_smoothed(run)
     num_unknown = 0
     # Who types lines wants each answer at once; a file is faster in batches.
     at_once = 1 if file == "-" and sys.stdin.isatty() else 256
@@ -586,7 +588,7 @@ def generate(
     prompts_from: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; - is standard input.")
     ] = None,
-    num: Annotated[int, typer.Option(min=1, help="Texts a prompt; with --beams the best ones.")] = 1,
+    num: Annotated[int, typer.Option(min=1, max=1000, help="Texts a prompt; with --beams the best ones.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Below 1 surer, above more varied, 0 the likeliest (1).")
@@ -1001,6 +1003,17 @@ def _print_table(rows: "Sequence[tuple[str, ...]]") -> None:
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
         typer.echo("  ".join(cells))
+
+
+def _note_smoothed(run: "Run") -> None:
+    if run.alpha != 1:
+        from ulimi.distribution import EPSILON
+
+        typer.echo(
+            f"ulimi: note: {run.dir} is a sparse model: {EPSILON:g} is added to its probabilities, since what it rules "
+            "out would cost infinitely many nats",
+            err=True,
+        )
 
 
 def _warn_unknown(path: Path | str, num_unknown: int) -> None:

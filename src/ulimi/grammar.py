@@ -25,8 +25,8 @@ from typing import Any
 
 from ulimi.errors import UlimiError, nearest
 
-ATTEMPTS_PER_PAIR = 400
-"""draws, after which a phenomenon is said to have no more pairs"""
+FRUITLESS_DRAWS = 10_000
+"""one after the other, after which a phenomenon is said to have no more pairs"""
 
 HUMAN_CLASSES = ("1", "2")
 MEDIALS = {"a": "a", "i": "e", "u": "o", "o": "o"}
@@ -193,13 +193,16 @@ def pairs(phenomenon: str, num: int = 200, seed: int = 0) -> list[Pair]:
     rng = Random(f"{phenomenon} {seed}")
     draw = PHENOMENA[phenomenon]
     found: dict[Pair, None] = {}
-    for _ in range(num * ATTEMPTS_PER_PAIR):
+    fruitless = 0
+    while fruitless < FRUITLESS_DRAWS:
+        fruitless += 1
         couple = draw(lexicon(), rng)
         if couple is None or couple.first == couple.second:
             continue
         both = couple.pairs(phenomenon)
         if not any(pair in found for pair in both):
             found.update(dict.fromkeys(both))
+            fruitless = 0
         if len(found) >= num:
             return list(found)[:num]
     raise UlimiError(f"num is {num}; {phenomenon} has about {len(found)} pairs")

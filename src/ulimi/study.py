@@ -206,9 +206,13 @@ class Study:
         """Give a cell's texts: those of its file, or new ones, which are then kept."""
         name = f"{model.name}-{strategy.name}-{seed}".replace(" ", "_").replace(",", "").replace("/", "_")
         path = self.out / "texts" / f"{name}.json"
+        # A strategy may come to mean something else under its name.
+        how = {"engine": type(model.engine).__name__, "writing": json.loads(json.dumps(asdict(strategy.writing)))}
         if path.is_file():
-            kept: list[dict[str, Any]] = _read_json(path)
-            return kept
+            kept = _read_json(path)
+            if isinstance(kept, dict) and kept.get("how") == how:
+                texts: list[dict[str, Any]] = kept["texts"]
+                return texts
         writer = Writer(model.engine, model.tokenizer, strategy.writing)
         records = []
         for index, (prompt, rest) in enumerate(self.settings.prompts):
@@ -216,7 +220,7 @@ class Study:
             text = writer.write(prompt + " ", seed=seed * 100_000 + index)[0]
             records.append(_record(text, rest))
         path.parent.mkdir(exist_ok=True)
-        write_json(path, records)
+        write_json(path, {"how": how, "texts": records})
         return records
 
     def run(
