@@ -205,6 +205,8 @@ def test_the_command_writes_a_study_and_goes_on_with_it(works, refused, tiny_run
     greedy.unlink()
     assert works(*some).out == first
 
+    said = refused("study", tmp_path / "none.txt", "-m", tiny_run.dir, "--out", tmp_path / "new")
+    assert said.endswith("none.txt: No such file or directory")
     assert "another --out" in refused(*args, "--prompt-words", 3)
     assert "--strategy 'nix'" in refused(*args, "--strategy", "nix")
     (tmp_path / "other").mkdir()

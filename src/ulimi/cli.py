@@ -83,7 +83,9 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}; what was saved before is intact")
+        # A name that leads nowhere is no danger to what was saved; a full disk makes one fear for it.
+        is_wrong_name = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        _fail(f"{where}{error.strerror or error}" + ("" if is_wrong_name else "; what was saved before is intact"))
     except (MemoryError, RuntimeError) as error:
         # PyTorch has no exception of its own for a CPU without memory.
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
