@@ -59,8 +59,8 @@ DEFAULT_MODEL = Path("isizulu")
 TOP_P = 0.8
 """of `ulimi generate`, where nothing else is asked for; docs/generation.md says why"""
 
-PROBABILITY_COLOURS = ((0.5, "green"), (0.1, "cyan"), (0.01, "yellow"), (0.001, "magenta"), (0.0, "red"))
-"""a word at least this probable gets this colour"""
+PROBABILITY_COLOURS = ("green", "cyan", "yellow", "magenta", "red")
+"""by `ulimi.words.PROBABILITY_STEPS`"""
 
 
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
@@ -749,12 +749,14 @@ def _generate_one(
 
 def _echo_words(words: "Sequence[Word]", probabilities: bool) -> None:
     """Print words without a line end; with their probabilities, in colour on a terminal and in brackets elsewhere."""
+    from ulimi.words import PROBABILITY_STEPS
+
     for word in words:
         if not probabilities or not word.text.strip():
             _echo_text(word.text)
             continue
         p = math.exp(word.logprob)
-        colour = next(name for least, name in PROBABILITY_COLOURS if p >= least)
+        colour = next(name for least, name in zip(PROBABILITY_STEPS, PROBABILITY_COLOURS, strict=True) if p >= least)
         text = _printable(word.text)
         body = text.lstrip()
         typer.echo(text[: len(text) - len(body)] + typer.style(body, fg=colour) + f"[{p:.2g}]", nl=False)

@@ -15,13 +15,14 @@ from matplotlib import pyplot as plt
 
 from ulimi.files import write_text
 from ulimi.study import METRICS, Figure
+from ulimi.words import PROBABILITY_STEPS
 
 Rows = Sequence[Mapping[str, Any]]
 
 DIGITS = {"bleu": 2, "chrf": 1, "words": 1}
 """after the point; the others have 3"""
 
-HUES = ((0.5, "#a6dba0"), (0.1, "#d9f0d3"), (0.01, "#fff7bc"), (0.001, "#fdd0a2"), (0.0, "#fcae91"))
+HUES = tuple(zip(PROBABILITY_STEPS, ("#a6dba0", "#d9f0d3", "#fff7bc", "#fdd0a2", "#fcae91"), strict=True))
 """background of a word that is at least so probable"""
 
 PLOTS = (("attested", "mauve"), ("words", "attested"), ("nats", "attested"))

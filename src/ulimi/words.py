@@ -22,6 +22,9 @@ from ulimi.tokenizer import Tokenizer
 ENDS = ("never", "paragraph", "sentence")
 """where a text may end by itself: nowhere, at a line's end, at a sentence's or a line's end"""
 
+PROBABILITY_STEPS = (0.5, 0.1, 0.01, 0.001, 0.0)
+"""a word that is at least so probable, and not more than the step before, is shown in the same colour everywhere"""
+
 SENTENCE_END = re.compile(r"""[.!?…]["'”’»)\]]*$""")
 APOSTROPHES = "'’"
 """they belong to a word, but not at its edges"""
