@@ -15,7 +15,7 @@ from ulimi.files import write_json, write_text
 from ulimi.info import model_card
 from ulimi.ngram import MAX_ORDER, NgramEngine, count_ngrams, write_ngrams
 from ulimi.provenance import describe_machine, new_meta
-from ulimi.run import NGRAM, NGRAMS, Run, open_run
+from ulimi.run import NGRAM, NGRAMS, Run, open_run, refuse_file, refuse_foreign
 from ulimi.score import Score, score_stream
 from ulimi.tokenizer import Tokenizer
 
@@ -132,12 +132,7 @@ def make_ngram_run(
 
 def _claim_folder(run_dir: Path) -> None:
     """Refuse to write into what is not an empty folder, a split's, or that of an n-gram run which was cut off."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UlimiError(f"--out {run_dir}: is a file; a run is a folder")
+    refuse_file(run_dir)
     if (run_dir / NGRAMS).is_file():
         raise UlimiError(f"{run_dir} already holds an n-gram model: give another --out")
-    ours = {"corpus"}
-    if (run_dir / "meta.json").is_file():
-        ours |= {"meta.json", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
-    if run_dir.is_dir() and (foreign := sorted(p.name for p in run_dir.iterdir() if p.name not in ours)):
-        raise UlimiError(f"--out {run_dir}: the folder holds other things ({foreign[0]}); give a new folder")
+    refuse_foreign(run_dir, {"corpus"}, {"README.md"})

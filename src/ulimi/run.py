@@ -197,6 +197,28 @@ def open_run(path: Path) -> Run:
     return Run(path, meta)
 
 
+def refuse_file(run_dir: Path) -> None:
+    """Refuse to make a run where a file is."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UlimiError(f"--out {run_dir}: is a file; a run is a folder")
+
+
+def refuse_foreign(run_dir: Path, ours: set[str], ours_with_meta: set[str]) -> None:
+    """Refuse to make a run in a folder that holds something else.
+
+    Args:
+        run_dir: where the run is to be.
+        ours: what may be there.
+        ours_with_meta: what else may be there beside a meta.json: with it, a run was begun here and cut off.
+    """
+    if not run_dir.is_dir():
+        return
+    if (run_dir / "meta.json").is_file():
+        ours = ours | ours_with_meta | {"meta.json", "config.json", "tokenizer.json", "tokenizer_config.json"}
+    if foreign := sorted(path.name for path in run_dir.iterdir() if path.name not in ours):
+        raise UlimiError(f"--out {run_dir}: the folder holds other things ({foreign[0]}); give a new folder")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

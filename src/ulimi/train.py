@@ -33,7 +33,7 @@ from ulimi.optim import RunningAverage, learning_rate, make_optimizer, non_monot
 from ulimi.plot import plot_curve
 from ulimi.provenance import describe_machine, new_meta
 from ulimi.recipe import Recipe, build_recipe, changed_keys
-from ulimi.run import CHECKPOINT, ONNX, WEIGHTS, Run, open_run
+from ulimi.run import AWD_LSTM, CHECKPOINT, ONNX, WEIGHTS, Run, open_run, refuse_file, refuse_foreign
 from ulimi.score import Score, score_stream
 from ulimi.tokenizer import Tokenizer
 
@@ -444,11 +444,11 @@ class Trainer:
         write_text(self.run_dir / "recipe.toml", self.recipe.to_toml())
         eos = self.tokenizer.eos_id
         config = {
-            "model_type": "awd_lstm",
+            "model_type": AWD_LSTM,
             "bos_token_id": eos,
             "eos_token_id": eos,
             "entmax_alpha": self.recipe.alpha,
-            "awd_lstm": self.config,
+            AWD_LSTM: self.config,
         }
         write_json(self.run_dir / "config.json", config)
 
@@ -527,8 +527,7 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
     Raises:
         UlimiError: the folder holds a run, or none, or something else, or `recipe` does not go on with its run.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UlimiError(f"--out {run_dir}: is a file; a run is a folder")
+    refuse_file(run_dir)
     if init_from is not None and run_dir.exists() and run_dir.resolve() == init_from.dir.resolve():
         raise UlimiError(f"--out {run_dir} is the run that --init-from names; it would be overwritten")
     if init_from is not None:
@@ -547,12 +546,8 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
         return old
     if has_run:
         raise UlimiError(f"{run_dir} already holds a run: continue it with --resume, or give another --out")
-    if run_dir.is_dir():
-        ours = {"corpus", LOCK}
-        if (run_dir / "meta.json").is_file():  # of a run that was killed before its first checkpoint
-            ours |= {"meta.json", "config.json", "recipe.toml", "tokenizer.json", "tokenizer_config.json", "last"}
-        if foreign := sorted(p.name for p in run_dir.iterdir() if p.name not in ours):
-            raise UlimiError(f"--out {run_dir}: the folder holds other things ({foreign[0]}); give a new folder")
+    # Before its first checkpoint a run has only these.
+    refuse_foreign(run_dir, {"corpus", LOCK}, {"recipe.toml", "last"})
     return None
 
 
