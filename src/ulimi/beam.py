@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ulimi.distribution import log_probs
 from ulimi.errors import UlimiError
-from ulimi.generate import Start, checked_ids, given_what_was_typed
+from ulimi.generate import Start, checked_ids, checked_prompt, given_what_was_typed
 from ulimi.sampling import Rule, best_ids, checked_logits
 
 if TYPE_CHECKING:
@@ -137,9 +137,7 @@ def beam_search(
         UlimiError: an argument is outside its range, the logits are not finite, or no text was found that the rules
             allow and that holds the required words.
     """
-    prompt = checked_ids(prompt_ids, engine.vocab_size, "prompt_ids")
-    if not prompt:
-        raise UlimiError("prompt_ids is empty; generation needs at least one id to start from")
+    prompt = checked_prompt(prompt_ids, engine.vocab_size)
     if max_tokens < 1:
         raise UlimiError(f"max_tokens must be 1 or more; got {max_tokens}")
     if required and beams.num_groups > 1:

@@ -85,9 +85,7 @@ def generate(
         UlimiError: an argument is outside its range, or, while iterating, the logits are not finite or the rules
             leave none.
     """
-    prompt = checked_ids(prompt_ids, engine.vocab_size, "prompt_ids")
-    if not prompt:
-        raise UlimiError("prompt_ids is empty; generation needs at least one id to start from")
+    prompt = checked_prompt(prompt_ids, engine.vocab_size)
     for name, value, least in (("max_tokens", max_tokens, 1), ("num", num, 1), ("seed", seed, 0)):
         if value < least:
             raise UlimiError(f"{name} must be {least} or more; got {value}")
@@ -155,9 +153,7 @@ def contrastive_search(
     if top_k < 1 or max_tokens < 1:
         name, value = ("top_k", top_k) if top_k < 1 else ("max_tokens", max_tokens)
         raise UlimiError(f"{name} must be 1 or more; got {value}")
-    given = checked_ids(prompt_ids, engine.vocab_size, "prompt_ids")
-    if not given:
-        raise UlimiError("prompt_ids is empty; generation needs at least one id to start from")
+    given = checked_prompt(prompt_ids, engine.vocab_size)
     stops = frozenset(checked_ids(stop_ids, engine.vocab_size, "stop_ids"))
     start = max(given_what_was_typed(starts), key=lambda start: start.logprob) if starts else None
     return _contrastive(engine, given, penalty, top_k, max_tokens, stops, should_stop, rules, start)
@@ -209,7 +205,7 @@ def _generate(
         state = engine.repeat_state(state, num)
 
     while True:
-        ruled_BV = _ruled(logits_BV, [rules_of(row) for row in live], [[*prompt, *texts[row]] for row in live])
+        ruled_BV = _ruled(logits_BV, [rules_of(row) for row in live], prompt, [texts[row] for row in live])
         ids_B = sample(ruled_BV, sampling, [rngs[row] for row in live])
         logprobs_B = log_probs(logits_BV, engine.alpha)[np.arange(len(live)), ids_B].tolist()
 
@@ -231,12 +227,15 @@ def _generate(
 
 
 def _ruled(
-    logits_BV: NDArray[np.float64], rules_B: Sequence[Sequence[Rule]], texts: Sequence[Sequence[int]]
+    logits_BV: NDArray[np.float64],
+    rules_B: Sequence[Sequence[Rule]],
+    prompt: Sequence[int],
+    texts: Sequence[Sequence[int]],
 ) -> NDArray[np.float64]:
     if not any(rules_B):
         return logits_BV
     rows = [
-        apply_rules(logits_BV[place : place + 1], rules, [text])
+        apply_rules(logits_BV[place : place + 1], rules, [[*prompt, *text]])
         for place, (rules, text) in enumerate(zip(rules_B, texts, strict=True))
     ]
     return np.concatenate(rows)
@@ -271,6 +270,10 @@ def _contrastive(
     # The outputs after each token of the prompt take part, so it is read token by token.
     text: list[int] = []
     outputs: list[NDArray[np.float64]] = []
+
+    def ended() -> bool:
+        return text[-1] in stops or (should_stop is not None and should_stop(0, list(text)))
+
     state = engine.initial_state(1)
     begun = [] if start is None else list(start.ids)
     for token in [*prompt, *begun]:
@@ -280,7 +283,7 @@ def _contrastive(
     for token, logprob in zip(begun, () if start is None else start.logprobs, strict=True):
         text.append(token)
         yield Step(0, token, logprob)
-        if token in stops or (should_stop is not None and should_stop(0, list(text))):
+        if ended():
             return
     while len(text) < max_tokens:
         checked_1V = checked_logits(logits_1V)
@@ -296,7 +299,7 @@ def _contrastive(
         token = int(candidates_K[place])
         text.append(token)
         yield Step(0, token, float(log_probs(checked_1V, engine.alpha)[0, token]))
-        if token in stops or (should_stop is not None and should_stop(0, list(text))):
+        if ended():
             return
         outputs.append(outputs_KE[place : place + 1])
         state, logits_1V = engine.select_state(states, [place]), next_KV[place : place + 1]
@@ -307,6 +310,14 @@ def _unit(output_BE: NDArray[np.float32]) -> NDArray[np.float64]:
     x_BE = output_BE.astype(np.float64)
     unit_BE: NDArray[np.float64] = x_BE / np.maximum(np.linalg.norm(x_BE, axis=1, keepdims=True), 1e-12)
     return unit_BE
+
+
+def checked_prompt(prompt_ids: Collection[int], vocab_size: int) -> list[int]:
+    """Refuse a prompt that holds what is no id of the model, or nothing."""
+    prompt = checked_ids(prompt_ids, vocab_size, "prompt_ids")
+    if not prompt:
+        raise UlimiError("prompt_ids is empty; generation needs at least one id to start from")
+    return prompt
 
 
 def checked_ids(ids: Collection[int], vocab_size: int, name: str) -> list[int]:

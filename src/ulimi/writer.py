@@ -137,8 +137,9 @@ class Writer:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, writing: Writing) -> None:
         self._engine, self._tokenizer, self._writing = engine, tokenizer, writing
         self._index = TokenIndex(tokenizer)
-        self._ends_word_V = ends_word(tokenizer)
-        self._begins_word_V = begins_word(tokenizer)
+        # They look at the whole vocabulary, and beam search alone asks for them.
+        self._ends_word_V = ends_word(tokenizer) if writing.required else None
+        self._begins_word_V = begins_word(tokenizer) if writing.beams is not None else None
         self._rules: list[Rule] = []
         if writing.repetition_penalty != 1:
             self._rules.append(RepetitionPenalty(writing.repetition_penalty))
