@@ -63,6 +63,12 @@ PROBABILITY_COLOURS = ("green", "cyan", "yellow", "magenta", "red")
 """by `ulimi.words.PROBABILITY_STEPS`"""
 
 
+EXTRAS = {
+    "train": ("torch", "safetensors", "pydantic", "tomli_w", "matplotlib", "onnx"),
+    "study": ("sacrebleu", "jiwer", "mauve", "matplotlib"),
+}
+"""modules that a command may need beyond the light floor"""
+
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 
 # Typer exports only this descendant of the exception that all mistakes in options and arguments are.
@@ -142,7 +148,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
 ) -> None:
     """Train a model on a corpus and leave it in a run folder."""
-    _need_training_extra()
+    _need_extra("train")
     import torch
 
     from ulimi.corpus import open_corpus
@@ -302,7 +308,7 @@ def evaluate(
     scorer: Scorer
     if cache or dynamic:
         run.need_weights("--cache" if cache else "--dynamic")
-        _need_training_extra()
+        _need_extra("train")
         if run.alpha != 1:
             raise UlimiError(f"{run.dir} is a sparse model (entmax): --cache and --dynamic are for softmax models")
         from ulimi.adapt import Cache, Dynamic
@@ -824,7 +830,7 @@ def study(
     device: DeviceOption = "auto",
 ) -> None:
     """Compare every decoding strategy on prompts from a text; stopped, the same command goes on."""
-    _need_study_extra()
+    _need_extra("study")
     from ulimi.corpus import read_lines
     from ulimi.data import encode_file
     from ulimi.engine import load_engine
@@ -845,8 +851,6 @@ def study(
     chosen = strategy or []
     choose_strategies(chosen, [known for model in loaded for known in strategies(model.engine.alpha, max_words)])
     known = Attested(attested) if attested else None
-    if known is not None:
-        _ = known.words  # now, not after hours
     with file.open("rb") as text:
         sha256 = hashlib.file_digest(text, "sha256").hexdigest()
     settings = Settings(
@@ -883,7 +887,7 @@ def export(
 
     opened = open_run(run)
     opened.need_weights("ulimi export")
-    _need_training_extra()
+    _need_extra("train")
     from ulimi.data import encode_file
     from ulimi.export import describe_export, export_onnx
     from ulimi.files import write_json
@@ -903,7 +907,7 @@ def release(
     card: Annotated[Path, typer.Option(metavar="FILE", help="Its model card: licence, attribution, limits.")],
 ) -> None:
     """Make the folder of a model that is to be given away: the int8 graph, no float weights, no local paths."""
-    _need_training_extra()
+    _need_extra("train")
     from ulimi.release import release as make_release
     from ulimi.run import open_run
 
@@ -941,7 +945,7 @@ def recipe(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]…")] = None,
 ) -> None:
     """Print a recipe complete, each setting explained; without a name, list the recipes that come with ulimi."""
-    _need_training_extra()
+    _need_extra("train")
     from ulimi.recipe import explain, load_recipe, recipe_headline, recipe_names
 
     if name is None:
@@ -1039,16 +1043,10 @@ def _is_of_another_text(work_dir: Path, corpus: Path) -> bool:
         return False
 
 
-def _need_study_extra() -> None:
-    for module in ("sacrebleu", "jiwer", "mauve", "matplotlib"):
+def _need_extra(extra: str) -> None:
+    for module in EXTRAS[extra]:
         if find_spec(module) is None:
-            raise UlimiError(f"this command needs {module}: pip install 'ulimi[study]'")
-
-
-def _need_training_extra() -> None:
-    for module in ("torch", "safetensors", "pydantic", "tomli_w", "matplotlib", "onnx"):
-        if find_spec(module) is None:
-            raise UlimiError(f"this command needs {module}: pip install 'ulimi[train]'")
+            raise UlimiError(f"this command needs {module}: pip install 'ulimi[{extra}]'")
 
 
 @contextmanager

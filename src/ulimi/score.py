@@ -137,12 +137,12 @@ def score_distribution(
         epsilon: of the smoothed nats; 0 gives the nats themselves, infinite where the model rules a token out.
         on_tokens: told how many tokens are done.
     """
-    state, before = engine.initial_state(1), eos_id
+    state = engine.initial_state(1)
     nats = sparsemax = js = support = 0.0
     num_impossible = 0
-    for start in range(0, len(ids), EVALUATION_WINDOW):
-        targets_T = np.asarray(ids[start : start + EVALUATION_WINDOW], dtype=np.int64)
-        logits_1TV, state = engine.logits(np.concatenate([[before], targets_T[:-1]])[None], state)
+    for inputs_1T, targets_1T, done in _windows(ids, eos_id):
+        logits_1TV, state = engine.logits(inputs_1T, state)
+        targets_T = targets_1T[0]
         probs_TV = np.exp(log_probs(logits_1TV[0], engine.alpha))
         p_T = probs_TV[np.arange(len(targets_T)), targets_T]
         nats += float(smoothed_nats(p_T, probs_TV.shape[1], epsilon).sum())
@@ -153,8 +153,7 @@ def score_distribution(
         js += float((math.log(2) + (own_T - (1 + p_T) * np.log1p(p_T)) / 2).sum())
         support += float(np.count_nonzero(probs_TV))
         num_impossible += int((p_T == 0).sum())
-        before = int(targets_T[-1])
-        on_tokens(start + len(targets_T))
+        on_tokens(done)
     return DistributionScore(epsilon, len(ids), nats, sparsemax, js, support, num_impossible)
 
 
@@ -168,15 +167,21 @@ def score_stream(engine: Engine, ids: Ids, eos_id: int, on_tokens: Callable[[int
         on_tokens: told how many tokens are done.
     """
     state = engine.initial_state(1)
-    nats, before = 0.0, eos_id
-    for start in range(0, len(ids), EVALUATION_WINDOW):
-        targets_1T = np.asarray(ids[start : start + EVALUATION_WINDOW], dtype=np.int64)[None]
-        inputs_1T = np.concatenate([[[before]], targets_1T[:, :-1]], axis=1)
+    nats = 0.0
+    for inputs_1T, targets_1T, done in _windows(ids, eos_id):
         nll_1T, state = engine.nll(inputs_1T, targets_1T, state)
         nats += float(nll_1T.sum(dtype=np.float64))
-        before = int(targets_1T[0, -1])
-        on_tokens(start + targets_1T.shape[1])
+        on_tokens(done)
     return nats
+
+
+def _windows(ids: Ids, eos_id: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
+    """Cut a stream, (N,), into windows: inputs (1, T), targets (1, T), and how many tokens are done after it."""
+    before = eos_id
+    for start in range(0, len(ids), EVALUATION_WINDOW):
+        targets_1T = np.asarray(ids[start : start + EVALUATION_WINDOW], dtype=np.int64)[None]
+        yield np.concatenate([[[before]], targets_1T[:, :-1]], axis=1), targets_1T, start + targets_1T.shape[1]
+        before = int(targets_1T[0, -1])
 
 
 def score_lines(

@@ -32,7 +32,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -436,17 +435,10 @@ class Attested:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-
-    @cached_property
-    def words(self) -> frozenset[str]:
-        """In lower case, without punctuation around them."""
-        return frozenset(
-            word.strip(PUNCTUATION).casefold()
-            for path in self._paths
-            for line in read_lines(path)
-            for word in line.split()
+        self.words = frozenset(
+            word.strip(PUNCTUATION).casefold() for path in paths for line in read_lines(path) for word in line.split()
         )
+        """in lower case, without punctuation around them"""
 
     def __call__(self, word: str) -> bool:
         """Whether the word stands there."""
