@@ -30,8 +30,19 @@ LayerState = tuple[Tensor, Tensor]
 State = list[LayerState]
 
 
+class Features(NamedTuple):
+    """What the layers give, before the decoder: enough for the loss, for AR and TAR, for the next window."""
+
+    state: State
+    """to start the next window with, not detached"""
+    raw: Tensor
+    """last layer's output before its dropout, (B, T, E): TAR reads it"""
+    dropped: Tensor
+    """the same after dropout: AR and the decoder read it"""
+
+
 class Output(NamedTuple):
-    """What a forward pass gives: enough for the loss, for AR and TAR, for the cache, for the next window."""
+    """What a forward pass gives: the `Features`, and their logits."""
 
     logits: Tensor
     """(B, T, V)"""
@@ -226,6 +237,11 @@ class AWDLSTM(nn.Module):
         Returns:
             Logits (B, T, V), the new state, and the last layer's output before and after dropout.
         """
+        new_state, raw, dropped = self.features(tokens_BT, state, rng)
+        return Output(self.lm_head(dropped), new_state, raw, dropped)
+
+    def features(self, tokens_BT: Tensor, state: State | None = None, rng: torch.Generator | None = None) -> Features:
+        """Do what `forward` does, without the decoder: a training step has a faster way from here to the loss."""
         x = embedding_dropout(tokens_BT, self.model.embed_tokens.weight, self.embedding_dropout, self.training, rng)
         x = locked_dropout(x, self.input_dropout, self.training, rng)
         new_state: State = []
@@ -236,7 +252,7 @@ class AWDLSTM(nn.Module):
             if i < last:
                 x = locked_dropout(x, self.hidden_dropout, self.training, rng)
         dropped = locked_dropout(x, self.output_dropout, self.training, rng)
-        return Output(self.lm_head(dropped), new_state, x, dropped)
+        return Features(new_state, x, dropped)
 
 
 def detach_state(state: State) -> State:

@@ -289,8 +289,11 @@ class Trainer:
         for inputs, targets in windows:
             inputs_BT = torch.from_numpy(inputs).to(self.device)
             targets_BT = torch.from_numpy(targets).to(self.device)
-            out = self.model(inputs_BT, self.state, self.rng)
-            token_loss = training_loss(out.logits.flatten(0, 1), targets_BT.flatten(), loss.kind, loss.alpha)
+            out = self.model.features(inputs_BT, self.state, self.rng)
+            token_loss = training_loss(
+                out.dropped.flatten(0, 1), self.model.lm_head.weight, self.model.lm_head.bias, targets_BT.flatten(),
+                loss.kind, loss.alpha,
+            )  # fmt: skip
             ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
 
             self.optimizer.zero_grad(set_to_none=True)
