@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ulimi.corpus import Corpus, read_lines
+from ulimi.cuda import PRECISIONS, GraphedStep, Step, product_precision
 from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
@@ -118,6 +119,7 @@ def train(
     new_tokenizer: bool = False,
     resume: bool = False,
     device: str = "auto",
+    precision: str = "auto",
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
     reporter: Reporter | None = None,
@@ -134,6 +136,7 @@ def train(
         new_tokenizer: with `init_from`: train a tokenizer on this corpus; known pieces keep their vectors.
         resume: go on from the folder's checkpoint.
         device: "cpu", "cuda", or "auto".
+        precision: of products, see `ulimi.cuda.PRECISIONS`; "auto" is fp32 on a CPU.
         checkpoint_minutes: time between two checkpoints inside an epoch.
         tensorboard: also write TensorBoard events, to run_dir/tensorboard.
         reporter: who is told.
@@ -156,7 +159,7 @@ def train(
     with locked(run_dir):
         trainer = Trainer(
             corpus, run_dir, recipe, init_from=init_from, new_tokenizer=new_tokenizer, resume=resume, device=device,
-            reporter=reporter or Silent(), cache_dir=cache_dir,
+            precision=precision, reporter=reporter or Silent(), cache_dir=cache_dir,
         )  # fmt: skip
         return trainer.run(checkpoint_minutes, tensorboard, should_stop)
 
@@ -202,11 +205,13 @@ class Trainer:
         device: str,
         reporter: Reporter,
         cache_dir: Path | None,
+        precision: str = "auto",
     ) -> None:
         self.run_dir = run_dir
         self.recipe = recipe
         self.reporter = reporter
         self.device = choose_device(device)
+        self.precision = choose_precision(precision, self.device)
         old = claim_folder(run_dir, recipe, resume=resume, init_from=init_from)
 
         if old is not None:
@@ -234,6 +239,9 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, recipe.optim)
         self.average = RunningAverage(self.model) if recipe.optim.average_at_start else None
         self.state: State = self.model.initial_state(recipe.data.batch_size)
+        self.take_gradients: Step = self.gradients
+        if self.device.type == "cuda":
+            self.take_gradients = GraphedStep(self.gradients, list(self.model.parameters()), self.rng)
         self.progress = Progress(data_digest=self._data_digest(), device=self.device.type)
         self.meta = old.meta if old is not None else self._new_meta(corpus, init_from)
         if old is not None:
@@ -277,7 +285,7 @@ class Trainer:
 
     def _epoch(self, checkpoint_minutes: float, should_stop: Callable[[], bool]) -> None:
         """Train on the windows from the present position to the end of the streams."""
-        data, optim, loss, p = self.recipe.data, self.recipe.optim, self.recipe.loss, self.progress
+        data, optim, p = self.recipe.data, self.recipe.optim, self.progress
         tokens_per_epoch = self.streams_BS.shape[0] * (self.streams_BS.shape[1] - 1)
         windows = Windows(
             self.streams_BS, bptt=data.bptt, variable_length=data.variable_length, rng=self.window_rng,
@@ -289,16 +297,7 @@ class Trainer:
         for inputs, targets in windows:
             inputs_BT = torch.from_numpy(inputs).to(self.device)
             targets_BT = torch.from_numpy(targets).to(self.device)
-            out = self.model.features(inputs_BT, self.state, self.rng)
-            token_loss = training_loss(
-                out.dropped.flatten(0, 1), self.model.lm_head.weight, self.model.lm_head.bias, targets_BT.flatten(),
-                loss.kind, loss.alpha,
-            )  # fmt: skip
-            ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
-
-            self.optimizer.zero_grad(set_to_none=True)
-            (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm)
+            token_loss, self.state = self.take_gradients(inputs_BT, targets_BT, self.state)
             lr = learning_rate(
                 optim, step=p.step, progress=p.tokens / (tokens_per_epoch * optim.max_epochs), epochs_done=p.epoch,
                 window=inputs_BT.size(1), bptt=data.bptt,
@@ -308,8 +307,7 @@ class Trainer:
             if self.average is not None:
                 self.average.update()
 
-            self.state = detach_state(out.state)
-            total_loss += token_loss.detach() * targets_BT.numel()  # stays on the device: no wait at each step
+            total_loss += token_loss * targets_BT.numel()  # stays on the device: no wait at each step
             p.step += 1
             p.tokens += targets_BT.numel()
             p.epoch_tokens += targets_BT.numel()
@@ -330,6 +328,23 @@ class Trainer:
         p.epoch_loss = total_loss.item()
         p.seconds = base_seconds + time.perf_counter() - started
         self._check_finite(p.epoch_loss, "training loss", optim.lr)
+
+    def gradients(self, inputs_BT: Tensor, targets_BT: Tensor, state: State) -> tuple[Tensor, State]:
+        """Leave a window's clipped gradients in the parameters; give its loss, without AR and TAR, and the state."""
+        loss, model = self.recipe.loss, self.model
+        self.optimizer.zero_grad(set_to_none=True)
+        with product_precision(self.device, self.precision):
+            out = model.features(inputs_BT, state, self.rng)
+        # float16 would lose the small gradients of the many improbable tokens.
+        with product_precision(self.device, "bf16" if self.precision == "fp16" else self.precision):
+            token_loss = training_loss(
+                out.dropped.flatten(0, 1), model.lm_head.weight, model.lm_head.bias, targets_BT.flatten(), loss.kind,
+                loss.alpha,
+            )  # fmt: skip
+        ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
+        (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), self.recipe.optim.max_grad_norm)
+        return token_loss.detach(), detach_state(out.state)
 
     def _end_epoch(self) -> dict[str, Any]:
         """Validate the weights that would be saved, save them if they are the best, and look at the trigger."""
@@ -431,8 +446,9 @@ class Trainer:
         return f"{self.train_text.digest} {self.valid_text.digest}"
 
     def _new_meta(self, corpus: Corpus, init_from: Run | None) -> dict[str, Any]:
+        machine = {**describe_device(self.device), "precision": self.precision}
         return {
-            **new_meta(corpus, self.train_text, self.valid_text, describe_device(self.device)),
+            **new_meta(corpus, self.train_text, self.valid_text, machine),
             "init_from": None if init_from is None else str(init_from.dir.resolve()),
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
         }
@@ -620,6 +636,20 @@ def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
                 parameter[into] = old[out_of]
             else:
                 parameter.copy_(old)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Turn "auto" or one of `PRECISIONS` into what the device can do.
+
+    Raises:
+        UlimiError: it cannot, or there is no such precision.
+    """
+    allowed = PRECISIONS if device.type == "cuda" else ("fp32", "bf16")
+    if name == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    if name not in allowed:
+        raise UlimiError(f"--precision {name}: allowed on {device.type}: auto, {', '.join(allowed)}")
+    return name
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
