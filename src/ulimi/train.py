@@ -48,6 +48,9 @@ LOCK = ".lock"
 CHECK_EVERY = 20
 """steps between two looks at the loss: each look makes a GPU wait"""
 
+SECONDS_BETWEEN_SAVES = 10.0
+"""on a GPU an epoch may take a second, and writing all of it down as long: the end of an epoch waits for this"""
+
 RESUMABLE_CHANGES = ("optim.max_epochs", "optim.patience")
 """settings that a resumed run may change: they decide when it ends, not what a step does (AdamW's cosine excepted)"""
 
@@ -240,9 +243,13 @@ class Trainer:
         self.average = RunningAverage(self.model) if recipe.optim.average_at_start else None
         self.state: State = self.model.initial_state(recipe.data.batch_size)
         self.take_gradients: Step = self.gradients
-        if self.device.type == "cuda":
+        # The entmax loss looks at values to know when it is done, which a graph cannot.
+        if self.device.type == "cuda" and recipe.loss.kind == "cross_entropy":
             self.take_gradients = GraphedStep(self.gradients, list(self.model.parameters()), self.rng)
         self.progress = Progress(data_digest=self._data_digest(), device=self.device.type)
+        self.best: dict[str, Tensor] | None = None
+        """best weights that are not written yet"""
+        self.saved = time.perf_counter()
         self.meta = old.meta if old is not None else self._new_meta(corpus, init_from)
         if old is not None:
             self._load_checkpoint()
@@ -291,7 +298,7 @@ class Trainer:
             self.streams_BS, bptt=data.bptt, variable_length=data.variable_length, rng=self.window_rng,
             position=p.position,
         )  # fmt: skip
-        started, saved, base_seconds = time.perf_counter(), time.perf_counter(), p.seconds
+        started, base_seconds = time.perf_counter(), p.seconds
         total_loss = torch.tensor(p.epoch_loss, dtype=torch.float64, device=self.device)
         self.model.train()
         for inputs, targets in windows:
@@ -313,7 +320,7 @@ class Trainer:
             p.epoch_tokens += targets_BT.numel()
             p.position = windows.position
             stopping = should_stop()
-            due = time.perf_counter() - saved > 60 * checkpoint_minutes
+            due = time.perf_counter() - self.saved > 60 * checkpoint_minutes
             if stopping or due or p.step % CHECK_EVERY == 0:
                 p.epoch_loss = total_loss.item()
                 p.seconds = base_seconds + time.perf_counter() - started
@@ -322,7 +329,6 @@ class Trainer:
             if stopping or due:
                 self._check_weights(lr)
                 self.save_checkpoint()
-                saved = time.perf_counter()
             if stopping:
                 raise Interrupted
         p.epoch_loss = total_loss.item()
@@ -342,7 +348,9 @@ class Trainer:
                 loss.alpha,
             )  # fmt: skip
         ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
-        (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
+        # Backward products keep the types of the forward ones, but whether fp32 means TF32 is asked again.
+        with product_precision(self.device, "tf32" if self.precision == "tf32" else "fp32"):
+            (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), self.recipe.optim.max_grad_norm)
         return token_loss.detach(), detach_state(out.state)
 
@@ -386,13 +394,14 @@ class Trainer:
         p.epoch += 1
         p.position, p.epoch_loss, p.epoch_tokens = 0, 0.0, 0
         self.state = self.model.initial_state(self.recipe.data.batch_size)
-        self.save_checkpoint()
-        with atomic_path(self.run_dir / "curve.png") as path:
-            plot_curve(Run(self.run_dir, self.meta).metrics(), path)
+        if self._finished() or time.perf_counter() - self.saved >= SECONDS_BETWEEN_SAVES:
+            self.save_checkpoint()
+            with atomic_path(self.run_dir / "curve.png") as path:
+                plot_curve(Run(self.run_dir, self.meta).metrics(), path)
         return row
 
     def _validate_and_keep(self) -> float:
-        """Measure the model's present weights; write them if none were better. Nats per token."""
+        """Measure the model's present weights; keep them for the next save if none were better. Nats per token."""
         p = self.progress
         ids, eos_id = self.valid_text.ids, self.tokenizer.eos_id
         nats = validation_nats(self.model, ids, self.recipe.data.eval_batch_size, eos_id, alpha=self.recipe.alpha)
@@ -400,8 +409,8 @@ class Trainer:
         self._check_finite(valid, "validation loss", self.recipe.optim.lr)
         if valid < p.best:
             p.best, p.best_epoch = valid, p.epoch + 1
-            # A tied decoder matrix is one parameter, and is written once.
-            write_tensors(dict(self.model.named_parameters()), self.run_dir / WEIGHTS, {"format": "pt"})
+            # A tied decoder matrix is one parameter, and is kept once.
+            self.best = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         return valid
 
     def _finish(self) -> dict[str, Any]:
@@ -480,7 +489,10 @@ class Trainer:
             self.progress.metrics_bytes = file.tell()
 
     def save_checkpoint(self) -> None:
-        """Write all that an exact resume needs, in one file, whole or not at all."""
+        """Write the best weights, if they are new, and all that an exact resume needs: each one file, whole or not."""
+        if self.best is not None:
+            write_tensors(self.best, self.run_dir / WEIGHTS, {"format": "pt"})
+            self.best = None
         tensors: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
         if self.average is not None:
             tensors |= {f"average.{n}": t for n, t in self.average.weights.items()}
@@ -495,6 +507,7 @@ class Trainer:
             "window_rng": self.window_rng.bit_generator.state,
         }
         write_tensors(tensors, self.run_dir / CHECKPOINT, {"progress": json.dumps(progress)})
+        self.saved = time.perf_counter()
 
     def _load_checkpoint(self) -> None:
         path = self.run_dir / CHECKPOINT
