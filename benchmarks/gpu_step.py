@@ -90,7 +90,9 @@ def main() -> None:
     for batch_size in args.batch_sizes.split(","):
         for name, precision in [
             ("plain", "fp32"),
+            ("plain", "tf32"),
             ("layer", "fp32"),
+            ("layer", "bf16"),
             *(("graphs", p) for p in ("fp32", "tf32", "bf16", "fp16")),
         ]:
             torch.cuda.reset_peak_memory_stats()
