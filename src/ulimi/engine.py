@@ -296,12 +296,13 @@ class OnnxEngine:
 
 
 def _nats(logits_BTV: NDArray[np.float32], targets_BT: NDArray[np.int64], alpha: float) -> NDArray[np.float32]:
-    """Nats of each target, (B, T); smoothed under a sparse model."""
+    """Nats of each target, (B, T), of logits that are overwritten; smoothed under a sparse model."""
     if alpha != 1:
         return _sparse_nats(logits_BTV, targets_BT, alpha)
-    top_BT1 = logits_BTV.max(axis=-1, keepdims=True)
-    total_BT1 = np.exp(logits_BTV - top_BT1).sum(axis=-1, keepdims=True)
     own_BT1 = np.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
+    top_BT1 = logits_BTV.max(axis=-1, keepdims=True)
+    logits_BTV -= top_BT1  # in place: a copy of so many takes longer than all the rest
+    total_BT1 = np.exp(logits_BTV, out=logits_BTV).sum(axis=-1, keepdims=True)
     nats_BT: NDArray[np.float32] = (np.log(total_BT1) + top_BT1 - own_BT1)[..., 0]
     return nats_BT
 

@@ -158,24 +158,24 @@ def fix_scales(quantized: onnx.ModelProto) -> onnx.ModelProto:
     def put(name: str, values: NDArray[Any]) -> None:
         weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), name))
 
-    def pad_gates(name: str, num_inputs: int) -> None:
+    def pad_gates(name: str) -> None:
         """Two columns of 0 for each gate, and rows of 0 for the new inputs; int8 is symmetric, its 0 is 0."""
         assert not numpy_helper.to_array(weights[name.replace("quantized", "zero_point")]).any()
         gates = np.split(numpy_helper.to_array(weights[name]), 4, axis=2)
-        put(name, np.concatenate([np.pad(gate, ((0, 0), (0, num_inputs), (0, 2))) for gate in gates], axis=2))
+        put(name, np.concatenate([np.pad(gate, ((0, 0), (0, 2), (0, 2))) for gate in gates], axis=2))
 
     embedding = numpy_helper.to_array(weights["embedding_quantized"])
-    ends = np.broadcast_to(np.array([embedding.min(), embedding.max()]), (len(embedding), 2))
-    put("embedding_quantized", np.concatenate([embedding, ends], axis=1))
+    both = np.broadcast_to(np.array([embedding.min(), embedding.max()]), (len(embedding), 2))
+    put("embedding_quantized", np.concatenate([embedding, both], axis=1))
     layers = [node for node in quantized.graph.node if node.op_type == "DynamicQuantizeLSTM"]
     for i, layer in enumerate(layers):
-        pad_gates(f"w{i}_quantized", 2)
-        pad_gates(f"r{i}_quantized", 2)
-        biases = np.split(numpy_helper.to_array(weights[f"b{i}"]), 8, axis=1)  # i, o, f, g of each of the two
-        always = [-100.0, 100.0, 100.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-        put(f"b{i}", np.concatenate(
-            [np.pad(bias, ((0, 0), (0, 2)), constant_values=end) for bias, end in zip(biases, always, strict=True)], axis=1
-        ))  # fmt: skip
+        pad_gates(f"w{i}_quantized")
+        pad_gates(f"r{i}_quantized")
+        # Their input gate is shut, their output and forget gates are open.
+        biases = np.split(numpy_helper.to_array(weights[f"b{i}"]), 8, axis=1)
+        ends = (-100, 100, 100, 0, 0, 0, 0, 0)  # i, o, f, g, of the inputs and of the recurrence
+        wider = [np.pad(b, ((0, 0), (0, 2)), constant_values=end) for b, end in zip(biases, ends, strict=True)]
+        put(f"b{i}", np.concatenate(wider, axis=1))
         for attribute in layer.attribute:
             if attribute.name == "hidden_size":
                 attribute.i += 2

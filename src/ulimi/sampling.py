@@ -130,6 +130,9 @@ def sample(logits_BV: ArrayLike, sampling: Sampling, rngs: Sequence[np.random.Ge
         UlimiError: a row has a NaN or +inf, or nothing but -inf.
     """
     x_BV = checked_logits(logits_BV)
+    if sampling.temperature == 0:  # no generators are needed
+        best_B: NDArray[np.int64] = x_BV.argmax(axis=-1)
+        return best_B
     return np.array([draw(x_V, sampling, rng) for x_V, rng in zip(x_BV, rngs, strict=True)], dtype=np.int64)
 
 
@@ -195,15 +198,21 @@ def best_ids(x_BV: NDArray[np.float64], num: int) -> NDArray[np.int64]:
     if num >= num_tokens:
         return np.argsort(-x_BV, axis=-1, kind="stable")
     # Partitioning first is about seven times as fast as sorting 8 rows of 8000 for the best 40.
-    border_B1 = np.partition(x_BV, num_tokens - num, axis=-1)[:, num_tokens - num, None]
-    above_BV = x_BV > border_B1
-    tied_BV = x_BV == border_B1
-    num_ties_B1 = num - above_BV.sum(axis=-1, keepdims=True)
-    in_BV = above_BV | (tied_BV & (tied_BV.cumsum(axis=-1) <= num_ties_B1))
-    ids_BK = in_BV.nonzero()[1].reshape(num_rows, num)  # in the order of ids, which the stable sort keeps
+    ids_BK = _among_best(x_BV, num).nonzero()[1].reshape(num_rows, num)  # in the order of ids, which the sort keeps
     order_BK = np.argsort(-np.take_along_axis(x_BV, ids_BK, axis=-1), axis=-1, kind="stable")
     best_BK: NDArray[np.int64] = np.take_along_axis(ids_BK, order_BK, axis=-1)
     return best_BK
+
+
+def _among_best(x_BV: NDArray[np.float64], num: int) -> NDArray[np.bool_]:
+    """Tell of each, (B, V), whether it is among the `num` highest of its row, at most V."""
+    place = x_BV.shape[-1] - num
+    border_B1 = np.partition(x_BV, place, axis=-1)[:, place, None]
+    above_BV = x_BV > border_B1
+    tied_BV = x_BV == border_B1
+    num_ties_B1 = num - above_BV.sum(axis=-1, keepdims=True)
+    among_BV: NDArray[np.bool_] = above_BV | (tied_BV & (tied_BV.cumsum(axis=-1) <= num_ties_B1))
+    return among_BV
 
 
 def _shifted(x_BV: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -219,7 +228,7 @@ def _candidates(x_V: NDArray[np.float64], sampling: Sampling) -> tuple[NDArray[n
     Row by row: what is kept has another length in each, and a row of the size of a cache is quicker than all at once.
     """
     if sampling.temperature == 0:
-        return x_V.argmax(keepdims=True), np.zeros(1)
+        return np.array([x_V.argmax()]), np.zeros(1)
     kept_K = _shifted(x_V)
     if sampling.temperature != 1:
         # After the shift, a tiny temperature sends all but the best tokens to -inf and never overflows upwards.
@@ -227,19 +236,19 @@ def _candidates(x_V: NDArray[np.float64], sampling: Sampling) -> tuple[NDArray[n
             kept_K /= sampling.temperature
     if sampling.alpha != 1:
         kept_K = _shifted(log_probs(kept_K[None], sampling.alpha)[0])
-    ids_K = np.arange(len(x_V))
     # The filters keep the order; ranking what the model gave, rather than its quotients, rounds nothing into ties.
+    ids_K, x_K = np.arange(len(x_V)), x_V
     if 0 < sampling.top_k < len(x_V):
-        ids_K = np.sort(best_ids(x_V[None], sampling.top_k)[0])
-        kept_K = kept_K[ids_K]
+        best_K = _among_best(x_K[None], sampling.top_k)[0]
+        ids_K, x_K, kept_K = ids_K[best_K], x_K[best_K], kept_K[best_K]
     if sampling.top_p < 1:
-        places = _nucleus(x_V[ids_K], np.exp(kept_K), sampling.top_p)
-        ids_K, kept_K = ids_K[places], kept_K[places]
+        places = _nucleus(x_K, np.exp(kept_K), sampling.top_p)
+        ids_K, x_K, kept_K = ids_K[places], x_K[places], kept_K[places]
     if sampling.min_p > 0:
         near_K = kept_K >= math.log(sampling.min_p)
-        ids_K, kept_K = ids_K[near_K], kept_K[near_K]
+        ids_K, x_K, kept_K = ids_K[near_K], x_K[near_K], kept_K[near_K]
     if sampling.typical < 1:
-        places = _typical(x_V[ids_K], kept_K, sampling.typical)
+        places = _typical(x_K, kept_K, sampling.typical)
         ids_K, kept_K = ids_K[places], _shifted(kept_K[places])  # the best may be the least typical of all
     return ids_K, kept_K
 
@@ -249,8 +258,9 @@ def _nucleus(x_K: NDArray[np.float64], mass_K: NDArray[np.float64], share: float
     total = mass_K.sum()
     # All that have no more than this hold together less than what is left out: only the others need to be ranked.
     likely = np.flatnonzero(mass_K > 0.99 * (1 - share) * total / len(mass_K))
-    ranked = likely[np.argsort(-x_K[likely], kind="stable")]
-    return np.sort(ranked[: _num_reaching(mass_K[ranked], share * total)])
+    num = _num_reaching(np.sort(mass_K[likely])[::-1], share * total)
+    places: NDArray[np.int64] = likely[_among_best(x_K[likely][None], min(num, len(likely)))[0]]
+    return places
 
 
 def _typical(x_K: NDArray[np.float64], kept_K: NDArray[np.float64], share: float) -> NDArray[np.int64]:
