@@ -398,5 +398,14 @@ def test_a_removed_token_never_comes_out_even_at_the_ends_of_the_draw():
         assert sample(logits_BV, Sampling(), [Ends(0.0), Ends(1 - 2**-53)]).tolist()[1] in (1, 3)
 
 
+def test_draws_from_a_large_vocabulary_are_those_of_one_long_sum():
+    logits = np.random.default_rng(5).normal(scale=3, size=1000)
+    logits[np.random.default_rng(6).random(1000) < 0.3] = -INF
+    ids = sample(np.tile(logits, (500, 1)), Sampling(), [np.random.default_rng(7)] * 500)
+    mass = np.cumsum(softmax(logits.tolist()))
+    rng = np.random.default_rng(7)
+    assert ids.tolist() == [int(np.flatnonzero(mass > rng.random())[0]) for _ in range(500)]
+
+
 def test_greedy_takes_the_lowest_id_among_equals():
     assert sample([[1, 3, 3], [2, 0, 2]], GREEDY, []).tolist() == [1, 0]

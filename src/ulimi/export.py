@@ -67,8 +67,7 @@ def export_onnx(run: Run, valid_text: EncodedText, *, exact_nats: float | None =
                 f"no {ONNX}: ONNX Runtime differs from the network by {difference:.1e} nats a token, "
                 f"more than {MAX_DIFFERENCE:g}; the weights themselves are not concerned"
             )
-        quantize_dynamic(fp32, out, weight_type=QuantType.QInt8, op_types_to_quantize=["LSTM", "MatMul", "Gather"])
-        onnx.save(fix_scales(onnx.load(out)), out)
+        write_int8(fp32, out)
         if exact_nats is None:
             exact_nats = score_stream(TorchEngine(model, run.alpha), valid_text.ids, eos_id)
         exact = exact_nats * bits
@@ -140,6 +139,12 @@ def build_graph(model: AWDLSTM, weights_sha256: str) -> onnx.ModelProto:
     helper.set_model_props(proto, {"weights_sha256": weights_sha256, "onnx.quant.pre_process": "onnxruntime.quant"})
     onnx.checker.check_model(proto)
     return proto
+
+
+def write_int8(fp32: Path, out: Path) -> None:
+    """Turn a file of `build_graph` into int8."""
+    quantize_dynamic(fp32, out, weight_type=QuantType.QInt8, op_types_to_quantize=["LSTM", "MatMul", "Gather"])
+    onnx.save(fix_scales(onnx.load(out)), out)
 
 
 def fix_scales(quantized: onnx.ModelProto) -> onnx.ModelProto:
