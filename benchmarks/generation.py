@@ -38,8 +38,8 @@ from ulimi.sampling import Sampling
 LAYERS = 3
 BATCHES = (1, 8, 64)
 NUM_TOKENS = 100
-NUM_WORDS = 20
-"""of fastai"""
+FASTAI_SHARE = 5
+"""fastai writes this part of them"""
 
 
 class Size(NamedTuple):
@@ -69,11 +69,11 @@ class Loop(nn.Module):
         self.decoder = nn.Linear(size.embedding, size.vocab)
         self.decoder.weight = self.embedding.weight
 
-    def write(self, num: int) -> None:
+    def write(self, num: int, num_tokens: int) -> None:
         """Write `num` texts."""
         ids_B1 = torch.zeros(num, 1, dtype=torch.long)
         states = [None] * LAYERS
-        for _ in range(NUM_TOKENS):
+        for _ in range(num_tokens):
             x = self.embedding(ids_B1)
             for i, layer in enumerate(self.layers):
                 x, states[i] = layer(x, states[i])
@@ -95,40 +95,40 @@ def onednn(enabled: bool) -> Iterator[None]:
     torch.backends.mkldnn.enabled = before
 
 
-def of_ulimi(engine: Engine, num: int) -> Turn:
+def of_ulimi(engine: Engine, num: int, num_tokens: int) -> Turn:
     """Write with an engine of ours."""
 
     def turn() -> int:
-        steps = generate(engine, [engine.vocab_size - 1], sampling=Sampling(), max_tokens=NUM_TOKENS, num=num)
+        steps = generate(engine, [engine.vocab_size - 1], sampling=Sampling(), max_tokens=num_tokens, num=num)
         return sum(1 for _ in steps)
 
     return turn
 
 
-def of_the_network(engine: Engine, num: int) -> Turn:
+def of_the_network(engine: Engine, num: int, num_tokens: int) -> Turn:
     """Step, and draw nothing."""
 
     def turn() -> int:
         state = engine.initial_state(num)
-        for token in range(NUM_TOKENS):
+        for token in range(num_tokens):
             _, state = engine.step(np.full(num, token % engine.vocab_size), state)
-        return NUM_TOKENS * num
+        return num_tokens * num
 
     return turn
 
 
-def of_the_loop(loop: Loop, num: int, enabled: bool) -> Turn:
+def of_the_loop(loop: Loop, num: int, num_tokens: int, enabled: bool) -> Turn:
     """Write with `nn.LSTM`s."""
 
     def turn() -> int:
         with onednn(enabled):
-            loop.write(num)
-        return NUM_TOKENS * num
+            loop.write(num, num_tokens)
+        return num_tokens * num
 
     return turn
 
 
-def of_gpt2(size: Size, batches: tuple[int, ...]) -> dict[tuple[str, int], Turn]:
+def of_gpt2(size: Size, batches: tuple[int, ...], num_tokens: int) -> dict[tuple[str, int], Turn]:
     """Write with GPT-2, in two ways."""
     # A torchvision of another build than torch's cannot be imported, and text needs none.
     sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
@@ -145,17 +145,17 @@ def of_gpt2(size: Size, batches: tuple[int, ...]) -> dict[tuple[str, int], Turn]
     def by_loop(num: int) -> int:
         ids_B1, cache = torch.zeros(num, 1, dtype=torch.long), None
         with torch.inference_mode():
-            for _ in range(NUM_TOKENS):
+            for _ in range(num_tokens):
                 out = model(ids_B1, use_cache=True, **{cache_name: cache})
                 ids_B1, cache = drawn(out.logits), getattr(out, cache_name)
-        return NUM_TOKENS * num
+        return num_tokens * num
 
     def by_generate(num: int) -> int:
         ids_B1 = torch.zeros(num, 1, dtype=torch.long)
         with torch.inference_mode():
             ids_BT = model.generate(
-                ids_B1, attention_mask=torch.ones_like(ids_B1), do_sample=True, top_k=0, max_new_tokens=NUM_TOKENS,
-                min_new_tokens=NUM_TOKENS, pad_token_id=0,
+                ids_B1, attention_mask=torch.ones_like(ids_B1), do_sample=True, top_k=0, max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens, pad_token_id=0,
             )  # fmt: skip
         return num * (ids_BT.shape[1] - 1)
 
@@ -164,7 +164,7 @@ def of_gpt2(size: Size, batches: tuple[int, ...]) -> dict[tuple[str, int], Turn]
     return {(name, num): lambda way=way, num=num: way(num) for name, way in ways.items() for num in batches}
 
 
-def of_fastai(size: Size) -> Turn:
+def of_fastai(size: Size, num_words: int) -> Turn:
     """Write with fastai's language-model learner."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -188,36 +188,37 @@ def of_fastai(size: Size) -> Turn:
     def turn() -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            learner.predict("w1", n_words=NUM_WORDS, no_bar=True)
-        return NUM_WORDS
+            learner.predict("w1", n_words=num_words, no_bar=True)
+        return num_words
 
     return turn
 
 
-def contenders(size: Size, engines: dict[str, Engine], batches: tuple[int, ...]) -> dict[tuple[str, int], Turn]:
+def contenders(
+    size: Size, engines: dict[str, Engine], batches: tuple[int, ...], num_tokens: int
+) -> dict[tuple[str, int], Turn]:
     """Make all, each for each batch."""
     turns: dict[tuple[str, int], Turn] = {}
     loop = Loop(size).eval()
     for num in batches:
         for name, engine in engines.items():
-            turns[name, num] = of_ulimi(engine, num)
-        turns["ulimi, the network alone", num] = of_the_network(engines["ulimi, int8"], num)
+            turns[name, num] = of_ulimi(engine, num, num_tokens)
+        turns["ulimi, the network alone", num] = of_the_network(engines["ulimi, int8"], num, num_tokens)
         for enabled in (False, True):
-            turns[f"nn.LSTM loop, oneDNN {'on' if enabled else 'off'}", num] = of_the_loop(loop, num, enabled)
+            turns[f"nn.LSTM loop, oneDNN {'on' if enabled else 'off'}", num] = of_the_loop(
+                loop, num, num_tokens, enabled
+            )
     if find_spec("transformers"):
-        turns |= of_gpt2(size, batches)
+        turns |= of_gpt2(size, batches, num_tokens)
     if find_spec("fastai"):
-        turns["fastai, predict()", 1] = of_fastai(size)
+        turns["fastai, predict()", 1] = of_fastai(size, max(1, num_tokens // FASTAI_SHARE))
     return turns
 
 
 def main() -> None:
     """See the module."""
     args = arguments(__doc__)
-    global NUM_TOKENS, NUM_WORDS
-    sizes, batches = SIZES, BATCHES
-    if args.tiny:
-        sizes, batches, NUM_TOKENS, NUM_WORDS = TINY, (1, 2), 3, 2
+    sizes, batches, num_tokens = (TINY, (1, 64), 3) if args.tiny else (SIZES, BATCHES, NUM_TOKENS)
     torch.set_num_threads(1)
     rows = []
     for name, size in sizes.items():
@@ -232,7 +233,7 @@ def main() -> None:
             write_int8(fp32, path)
             engines: dict[str, Engine] = {"ulimi, int8": OnnxEngine(path), "ulimi, PyTorch": TorchEngine(model)}
             weights = onnx.load(path).graph.initializer
-        rates = take_turns(contenders(size, engines, batches), args.rounds)
+        rates = take_turns(contenders(size, engines, batches, num_tokens), args.rounds)
         # One row of the embedding is looked up, all others are read.
         num_bytes = sum(len(w.raw_data) for w in weights if w.name != "embedding_quantized")
         speed = bandwidth(num_bytes)

@@ -15,7 +15,6 @@ from common import arguments, finish  # isort: skip
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -55,13 +54,13 @@ def sizes(packages: Path) -> list[dict[str, Any]]:
     ]
 
 
-def times(python: Path, ulimi: Path, rounds: int) -> list[dict[str, Any]]:
+def times(python: Path, ulimi: list[str], rounds: int) -> list[dict[str, Any]]:
     """Seconds of each first thing, which take turns."""
     commands = {
         "python -c pass": ([str(python), "-c", "pass"], 0),
         "import ulimi": ([str(python), "-c", "import ulimi"], 0),
-        "ulimi --help": ([str(ulimi), "--help"], 10**9),
-        "first word of ulimi generate": ([str(ulimi), "generate", PROMPT, "--seed", "1"], len(PROMPT)),
+        "ulimi --help": ([*ulimi, "--help"], 10**9),
+        "first word of ulimi generate": ([*ulimi, "generate", PROMPT, "--seed", "1"], len(PROMPT)),
     }
     taken: dict[str, list[float]] = {name: [] for name in commands}
     for number in range(rounds + 1):
@@ -76,7 +75,7 @@ def main() -> None:
     """See the module."""
     args = arguments(__doc__)
     if args.tiny:
-        found = times(Path(sys.executable), Path(sysconfig.get_path("scripts")) / "ulimi", args.rounds)
+        found = times(Path(sys.executable), [sys.executable, "-m", "ulimi"], args.rounds)
         finish(args, [*sizes(ROOT / "src"), *found], ())
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +84,7 @@ def main() -> None:
         subprocess.run([scripts / "python", "-m", "pip", "install", "--quiet", str(ROOT)], check=True)
         where = "import sysconfig; print(sysconfig.get_path('purelib'))"
         packages = subprocess.run([scripts / "python", "-c", where], capture_output=True, text=True, check=True).stdout
-        found = times(scripts / "python", scripts / "ulimi", args.rounds)
+        found = times(scripts / "python", [str(scripts / "ulimi")], args.rounds)
         # After the runs: what they compiled belongs to the environment.
         rows = [*sizes(Path(packages.strip())), *found]
     finish(args, rows, ("numpy", "onnxruntime", "tokenizers"))
