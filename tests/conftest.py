@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import ulimi.train
 from ulimi import cli
 from ulimi.corpus import open_corpus
 from ulimi.recipe import load_recipe
@@ -17,6 +18,8 @@ from ulimi.run import Run, open_run
 from ulimi.train import train
 
 torch.set_num_threads(1)
+# The epochs of tests are shorter than any wait, and each is to be found in its checkpoint.
+ulimi.train.SECONDS_BETWEEN_SAVES = 0.0
 
 WORDS = (
     "abantu", "abantwana", "umfundi", "uthisha", "izingane", "inja", "ikati", "umlimi", "amanzi", "ukudla", "incwadi",

@@ -143,6 +143,9 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")] = False,
     device: DeviceOption = "auto",
+    precision: Annotated[
+        str, typer.Option(help="Of products: fp32, bf16, on a GPU also tf32, fp16; auto: bf16 on a GPU.")
+    ] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 0,
     checkpoint_minutes: Annotated[float, typer.Option(min=0.0, help="Time between checkpoints in an epoch.")] = 5.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
@@ -199,12 +202,12 @@ def train(
             try:
                 score = run_training(
                     parts, out, chosen, init_from=source, new_tokenizer=new_tokenizer, resume=resume, device=device,
-                    checkpoint_minutes=checkpoint_minutes, tensorboard=tensorboard, reporter=progress,
-                    should_stop=should_stop,
+                    precision=precision, checkpoint_minutes=checkpoint_minutes, tensorboard=tensorboard,
+                    reporter=progress, should_stop=should_stop,
                 )  # fmt: skip
             except Interrupted:
                 same = f" --threads {threads}" * (threads > 0) + f" --device {device}" * (device != "auto")
-                same += " --tensorboard" * tensorboard
+                same += f" --precision {precision}" * (precision != "auto") + " --tensorboard" * tensorboard
                 again = f"ulimi train {corpus} --out {out} --resume{same}"
                 progress.note(f"stopped; everything is saved. Continue with: {again}")
                 raise typer.Exit(130) from None

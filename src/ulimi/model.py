@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ulimi.cuda import lstm_layer
+
 LayerState = tuple[Tensor, Tensor]
 """(h, c) of one layer, each (1, B, H)."""
 
@@ -133,16 +135,27 @@ class WeightDropLSTM(nn.Module):
         self, x_BTI: Tensor, state: LayerState | None = None, rng: torch.Generator | None = None
     ) -> tuple[Tensor, LayerState]:
         """Map (B, T, I) to (B, T, H), starting from `state` or from zeros."""
-        weight_hh: Tensor = self.lstm.weight_hh_l0  # type: ignore[assignment]
-        if not self.training or self.weight_dropout == 0.0:
+        if not self.training:
             out: tuple[Tensor, LayerState] = self.lstm(x_BTI, state)
             return out
-        dropped_hh = weight_hh * dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
+        weight_hh: Tensor = self.lstm.weight_hh_l0  # type: ignore[assignment]
+        dropped_hh = weight_hh
+        if self.weight_dropout > 0.0:
+            dropped_hh = weight_hh * dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
+        if x_BTI.is_cuda:
+            return self._on_cudnn(x_BTI, state, dropped_hh)
         with warnings.catch_warnings():
             # The dropped matrix stands outside cuDNN's flat buffer, and cuDNN says so at each call.
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
             out = functional_call(self.lstm, {"weight_hh_l0": dropped_hh}, (x_BTI, state))
         return out
+
+    def _on_cudnn(self, x_BTI: Tensor, state: LayerState | None, dropped_hh: Tensor) -> tuple[Tensor, LayerState]:
+        zeros = x_BTI.new_zeros(1, x_BTI.size(0), self.lstm.hidden_size)
+        h, c = (zeros, zeros) if state is None else state
+        _, _, b_ih, b_hh = self.lstm.all_weights[0]
+        y_BTH, h, c = lstm_layer(x_BTI, h, c, self.lstm.weight_ih_l0, dropped_hh, b_ih, b_hh)  # type: ignore[arg-type]
+        return y_BTH, (h, c)
 
 
 class _Backbone(nn.Module):

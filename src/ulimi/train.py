@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ulimi.corpus import Corpus, read_lines
+from ulimi.cuda import PRECISIONS, GraphedStep, Step, product_precision
 from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
@@ -46,6 +47,9 @@ LOCK = ".lock"
 
 CHECK_EVERY = 20
 """steps between two looks at the loss: each look makes a GPU wait"""
+
+SECONDS_BETWEEN_SAVES = 10.0
+"""on a GPU an epoch may take a second, and writing all of it down as long: the end of an epoch waits for this"""
 
 RESUMABLE_CHANGES = ("optim.max_epochs", "optim.patience")
 """settings that a resumed run may change: they decide when it ends, not what a step does (AdamW's cosine excepted)"""
@@ -118,6 +122,7 @@ def train(
     new_tokenizer: bool = False,
     resume: bool = False,
     device: str = "auto",
+    precision: str = "auto",
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
     reporter: Reporter | None = None,
@@ -134,6 +139,7 @@ def train(
         new_tokenizer: with `init_from`: train a tokenizer on this corpus; known pieces keep their vectors.
         resume: go on from the folder's checkpoint.
         device: "cpu", "cuda", or "auto".
+        precision: of products, see `ulimi.cuda.PRECISIONS`; "auto" is fp32 on a CPU.
         checkpoint_minutes: time between two checkpoints inside an epoch.
         tensorboard: also write TensorBoard events, to run_dir/tensorboard.
         reporter: who is told.
@@ -156,7 +162,7 @@ def train(
     with locked(run_dir):
         trainer = Trainer(
             corpus, run_dir, recipe, init_from=init_from, new_tokenizer=new_tokenizer, resume=resume, device=device,
-            reporter=reporter or Silent(), cache_dir=cache_dir,
+            precision=precision, reporter=reporter or Silent(), cache_dir=cache_dir,
         )  # fmt: skip
         return trainer.run(checkpoint_minutes, tensorboard, should_stop)
 
@@ -202,11 +208,13 @@ class Trainer:
         device: str,
         reporter: Reporter,
         cache_dir: Path | None,
+        precision: str = "auto",
     ) -> None:
         self.run_dir = run_dir
         self.recipe = recipe
         self.reporter = reporter
         self.device = choose_device(device)
+        self.precision = choose_precision(precision, self.device)
         old = claim_folder(run_dir, recipe, resume=resume, init_from=init_from)
 
         if old is not None:
@@ -234,7 +242,14 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, recipe.optim)
         self.average = RunningAverage(self.model) if recipe.optim.average_at_start else None
         self.state: State = self.model.initial_state(recipe.data.batch_size)
+        self.take_gradients: Step = self.gradients
+        # The entmax loss looks at values to know when it is done, which a graph cannot.
+        if self.device.type == "cuda" and recipe.loss.kind == "cross_entropy":
+            self.take_gradients = GraphedStep(self.gradients, list(self.model.parameters()), self.rng)
         self.progress = Progress(data_digest=self._data_digest(), device=self.device.type)
+        self.best: dict[str, Tensor] | None = None
+        """best weights that are not written yet"""
+        self.saved = time.perf_counter()
         self.meta = old.meta if old is not None else self._new_meta(corpus, init_from)
         if old is not None:
             self._load_checkpoint()
@@ -277,28 +292,19 @@ class Trainer:
 
     def _epoch(self, checkpoint_minutes: float, should_stop: Callable[[], bool]) -> None:
         """Train on the windows from the present position to the end of the streams."""
-        data, optim, loss, p = self.recipe.data, self.recipe.optim, self.recipe.loss, self.progress
+        data, optim, p = self.recipe.data, self.recipe.optim, self.progress
         tokens_per_epoch = self.streams_BS.shape[0] * (self.streams_BS.shape[1] - 1)
         windows = Windows(
             self.streams_BS, bptt=data.bptt, variable_length=data.variable_length, rng=self.window_rng,
             position=p.position,
         )  # fmt: skip
-        started, saved, base_seconds = time.perf_counter(), time.perf_counter(), p.seconds
+        started, base_seconds = time.perf_counter(), p.seconds
         total_loss = torch.tensor(p.epoch_loss, dtype=torch.float64, device=self.device)
         self.model.train()
         for inputs, targets in windows:
             inputs_BT = torch.from_numpy(inputs).to(self.device)
             targets_BT = torch.from_numpy(targets).to(self.device)
-            out = self.model.features(inputs_BT, self.state, self.rng)
-            token_loss = training_loss(
-                out.dropped.flatten(0, 1), self.model.lm_head.weight, self.model.lm_head.bias, targets_BT.flatten(),
-                loss.kind, loss.alpha,
-            )  # fmt: skip
-            ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
-
-            self.optimizer.zero_grad(set_to_none=True)
-            (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm)
+            token_loss, self.state = self.take_gradients(inputs_BT, targets_BT, self.state)
             lr = learning_rate(
                 optim, step=p.step, progress=p.tokens / (tokens_per_epoch * optim.max_epochs), epochs_done=p.epoch,
                 window=inputs_BT.size(1), bptt=data.bptt,
@@ -308,14 +314,13 @@ class Trainer:
             if self.average is not None:
                 self.average.update()
 
-            self.state = detach_state(out.state)
-            total_loss += token_loss.detach() * targets_BT.numel()  # stays on the device: no wait at each step
+            total_loss += token_loss * targets_BT.numel()  # stays on the device: no wait at each step
             p.step += 1
             p.tokens += targets_BT.numel()
             p.epoch_tokens += targets_BT.numel()
             p.position = windows.position
             stopping = should_stop()
-            due = time.perf_counter() - saved > 60 * checkpoint_minutes
+            due = time.perf_counter() - self.saved > 60 * checkpoint_minutes
             if stopping or due or p.step % CHECK_EVERY == 0:
                 p.epoch_loss = total_loss.item()
                 p.seconds = base_seconds + time.perf_counter() - started
@@ -324,12 +329,30 @@ class Trainer:
             if stopping or due:
                 self._check_weights(lr)
                 self.save_checkpoint()
-                saved = time.perf_counter()
             if stopping:
                 raise Interrupted
         p.epoch_loss = total_loss.item()
         p.seconds = base_seconds + time.perf_counter() - started
         self._check_finite(p.epoch_loss, "training loss", optim.lr)
+
+    def gradients(self, inputs_BT: Tensor, targets_BT: Tensor, state: State) -> tuple[Tensor, State]:
+        """Leave a window's clipped gradients in the parameters; give its loss, without AR and TAR, and the state."""
+        loss, model = self.recipe.loss, self.model
+        self.optimizer.zero_grad(set_to_none=True)
+        with product_precision(self.device, self.precision):
+            out = model.features(inputs_BT, state, self.rng)
+        # float16 would lose the small gradients of the many improbable tokens.
+        with product_precision(self.device, "bf16" if self.precision == "fp16" else self.precision):
+            token_loss = training_loss(
+                out.dropped.flatten(0, 1), model.lm_head.weight, model.lm_head.bias, targets_BT.flatten(), loss.kind,
+                loss.alpha,
+            )  # fmt: skip
+        ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
+        # Backward products keep the types of the forward ones, but whether fp32 means TF32 is asked again.
+        with product_precision(self.device, "tf32" if self.precision == "tf32" else "fp32"):
+            (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), self.recipe.optim.max_grad_norm)
+        return token_loss.detach(), detach_state(out.state)
 
     def _end_epoch(self) -> dict[str, Any]:
         """Validate the weights that would be saved, save them if they are the best, and look at the trigger."""
@@ -371,13 +394,14 @@ class Trainer:
         p.epoch += 1
         p.position, p.epoch_loss, p.epoch_tokens = 0, 0.0, 0
         self.state = self.model.initial_state(self.recipe.data.batch_size)
-        self.save_checkpoint()
-        with atomic_path(self.run_dir / "curve.png") as path:
-            plot_curve(Run(self.run_dir, self.meta).metrics(), path)
+        if self._finished() or time.perf_counter() - self.saved >= SECONDS_BETWEEN_SAVES:
+            self.save_checkpoint()
+            with atomic_path(self.run_dir / "curve.png") as path:
+                plot_curve(Run(self.run_dir, self.meta).metrics(), path)
         return row
 
     def _validate_and_keep(self) -> float:
-        """Measure the model's present weights; write them if none were better. Nats per token."""
+        """Measure the model's present weights; keep them for the next save if none were better. Nats per token."""
         p = self.progress
         ids, eos_id = self.valid_text.ids, self.tokenizer.eos_id
         nats = validation_nats(self.model, ids, self.recipe.data.eval_batch_size, eos_id, alpha=self.recipe.alpha)
@@ -385,8 +409,8 @@ class Trainer:
         self._check_finite(valid, "validation loss", self.recipe.optim.lr)
         if valid < p.best:
             p.best, p.best_epoch = valid, p.epoch + 1
-            # A tied decoder matrix is one parameter, and is written once.
-            write_tensors(dict(self.model.named_parameters()), self.run_dir / WEIGHTS, {"format": "pt"})
+            # A tied decoder matrix is one parameter, and is kept once.
+            self.best = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         return valid
 
     def _finish(self) -> dict[str, Any]:
@@ -431,8 +455,9 @@ class Trainer:
         return f"{self.train_text.digest} {self.valid_text.digest}"
 
     def _new_meta(self, corpus: Corpus, init_from: Run | None) -> dict[str, Any]:
+        machine = {**describe_device(self.device), "precision": self.precision}
         return {
-            **new_meta(corpus, self.train_text, self.valid_text, describe_device(self.device)),
+            **new_meta(corpus, self.train_text, self.valid_text, machine),
             "init_from": None if init_from is None else str(init_from.dir.resolve()),
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
         }
@@ -464,7 +489,10 @@ class Trainer:
             self.progress.metrics_bytes = file.tell()
 
     def save_checkpoint(self) -> None:
-        """Write all that an exact resume needs, in one file, whole or not at all."""
+        """Write the best weights, if they are new, and all that an exact resume needs: each one file, whole or not."""
+        if self.best is not None:
+            write_tensors(self.best, self.run_dir / WEIGHTS, {"format": "pt"})
+            self.best = None
         tensors: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
         if self.average is not None:
             tensors |= {f"average.{n}": t for n, t in self.average.weights.items()}
@@ -479,6 +507,7 @@ class Trainer:
             "window_rng": self.window_rng.bit_generator.state,
         }
         write_tensors(tensors, self.run_dir / CHECKPOINT, {"progress": json.dumps(progress)})
+        self.saved = time.perf_counter()
 
     def _load_checkpoint(self) -> None:
         path = self.run_dir / CHECKPOINT
@@ -620,6 +649,20 @@ def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
                 parameter[into] = old[out_of]
             else:
                 parameter.copy_(old)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Turn "auto" or one of `PRECISIONS` into what the device can do.
+
+    Raises:
+        UlimiError: it cannot, or there is no such precision.
+    """
+    allowed = PRECISIONS if device.type == "cuda" else ("fp32", "bf16")
+    if name == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    if name not in allowed:
+        raise UlimiError(f"--precision {name}: allowed on {device.type}: auto, {', '.join(allowed)}")
+    return name
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""How long is an epoch on a GPU? The training step with and without graphs, in each precision, on a corpus's own text.
+
+    python benchmarks/gpu_step.py CORPUS [--recipe ptb] [--batch-sizes 20,80] [--steps 60] [--json FILE]
+
+`plain` is the same code without what ulimi.cuda brings: nn.LSTM given its dropped matrix, whose weights cuDNN compacts at
+each call, launched kernel by kernel. Times are medians over windows, each waited for; an epoch is its number of windows
+times that, plus nothing for validation.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch.func import functional_call
+
+from ulimi.corpus import open_corpus
+from ulimi.data import Windows
+from ulimi.model import WeightDropLSTM
+from ulimi.recipe import load_recipe
+from ulimi.train import Silent, Trainer
+
+
+def plain_layer(self, x_BTI, state, dropped_hh):
+    """What `WeightDropLSTM` does elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return functional_call(self.lstm, {"weight_hh_l0": dropped_hh}, (x_BTI, state))
+
+
+def measure(trainer: Trainer, num_steps: int) -> dict[str, float]:
+    """Time whole steps; windows of random length, as in training, after two passes over the same lengths."""
+    trainer.model.train()
+    windows = Windows(trainer.streams_BS, bptt=trainer.recipe.data.bptt, variable_length=False, rng=trainer.window_rng)
+    seconds, tokens = [], 0
+    for i, (inputs, targets) in enumerate(windows):
+        if i == num_steps + 5:
+            break
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        inputs_BT, targets_BT = (torch.from_numpy(a).to(trainer.device) for a in (inputs, targets))
+        loss, trainer.state = trainer.take_gradients(inputs_BT, targets_BT, trainer.state)
+        trainer.optimizer.param_groups[0]["lr"] = 1e-3
+        trainer.optimizer.step()
+        torch.cuda.synchronize()
+        if i >= 5:
+            seconds.append(time.perf_counter() - started)
+            tokens = inputs.size
+    step = statistics.median(seconds)
+    return {
+        "ms_a_window": 1e3 * step,
+        "tokens_a_second": tokens / step,
+        "epoch_seconds": (trainer.streams_BS.size - len(trainer.streams_BS)) / tokens * step,
+        "peak_MiB": torch.cuda.max_memory_allocated() / 2**20,
+        "loss": loss.item(),
+    }
+
+
+def profile(trainer: Trainer) -> str:
+    """Name the kernels of one step and what each takes."""
+    inputs, targets = (torch.from_numpy(a).cuda() for a in next(iter(Windows(
+        trainer.streams_BS, bptt=trainer.recipe.data.bptt, variable_length=False, rng=trainer.window_rng
+    ))))  # fmt: skip
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        trainer.take_gradients(inputs, targets, trainer.state)
+        torch.cuda.synchronize()
+    rows = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:12]
+    total = sum(e.self_device_time_total for e in found.key_averages())
+    lines = [f"{e.self_device_time_total / 1e3:8.3f} ms {e.count:5} x {e.key[:90]}" for e in rows]
+    return "\n".join([f"{total / 1e3:8.3f} ms in kernels", *lines])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--recipe", default="ptb")
+    parser.add_argument("--batch-sizes", default="20,80")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    on_cudnn = WeightDropLSTM._on_cudnn
+    rows = []
+    for batch_size in args.batch_sizes.split(","):
+        for name, precision in [
+            ("plain", "fp32"),
+            ("plain", "tf32"),
+            ("layer", "fp32"),
+            ("layer", "bf16"),
+            *(("graphs", p) for p in ("fp32", "tf32", "bf16", "fp16")),
+        ]:
+            torch.cuda.reset_peak_memory_stats()
+            WeightDropLSTM._on_cudnn = plain_layer if name == "plain" else on_cudnn
+            recipe = load_recipe(args.recipe, [f"data.batch_size={batch_size}", *args.set])
+            with tempfile.TemporaryDirectory() as scratch:
+                parts = open_corpus(args.corpus, Path(scratch) / "parts")
+                trainer = Trainer(
+                    parts, Path(scratch) / "run", recipe, init_from=None, new_tokenizer=False, resume=False,
+                    device="cuda", precision=precision, reporter=Silent(), cache_dir=None,
+                )  # fmt: skip
+                if name != "graphs":
+                    trainer.take_gradients = trainer.gradients
+                row = {
+                    "batch_size": int(batch_size),
+                    "code": name,
+                    "precision": precision,
+                    **measure(trainer, args.steps),
+                }
+            if args.profile and name == "layer":
+                print(profile(trainer), flush=True)
+            rows.append(row)
+            print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    result = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "rows": rows,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
