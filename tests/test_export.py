@@ -129,6 +129,27 @@ def test_the_units_that_keep_the_scales_keep_their_cells_and_are_no_output(tiny_
     assert engine.output(state).shape == (1, 16)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_is_near_the_network_and_holds_a_tied_matrix_once(tmp_path, tied):
+    model = AWDLSTM(
+        vocab_size=60, embedding_size=20, hidden_size=24, num_layers=2, tie_weights=tied,
+        rng=torch.Generator().manual_seed(3),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(5)  # logits of some size
+        model.lm_head.bias.uniform_(-1, 1, generator=torch.Generator().manual_seed(4))
+    onnx.save(export.build_graph(model, "0"), tmp_path / "fp32.onnx")
+    export.write_int8(tmp_path / "fp32.onnx", tmp_path / "int8.onnx")
+    inputs_BT, _ = some_windows(engine := OnnxEngine(tmp_path / "int8.onnx"), 4, 30)
+    exact_BTV, _ = TorchEngine(model).logits(inputs_BT, model.initial_state(4))
+    logits_BTV, _ = engine.logits(inputs_BT, engine.initial_state(4))
+    # The logits themselves, not only their softmax: the ends add nothing to them.
+    assert abs(logits_BTV - exact_BTV).max() < 0.05 * abs(exact_BTV).max()
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    matrices = [weight.name for weight in graph.initializer if 60 in weight.dims and len(weight.dims) == 2]
+    assert len(matrices) == (1 if tied else 2)
+
+
 def test_a_graph_without_constant_scales_still_runs_each_row_by_itself(tiny_run, corpus_dir, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(tiny_run.dir, copy)

@@ -36,6 +36,9 @@ MAX_DIFFERENCE = 1e-4
 MAX_INT8_COST = 0.01
 """bits per character on validation text that int8 may cost; above it, model.onnx stays fp32"""
 
+TIED = "tied"
+"""in a graph's metadata: embedding and decoder are one matrix"""
+
 OPSET = 17
 IR_VERSION = 9
 
@@ -136,7 +139,8 @@ def build_graph(model: AWDLSTM, weights_sha256: str) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, "awd_lstm", inputs, outputs, weights)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     # The second entry is what ONNX Runtime's own preparation leaves; without it quantising warns that there was none.
-    helper.set_model_props(proto, {"weights_sha256": weights_sha256, "onnx.quant.pre_process": "onnxruntime.quant"})
+    props = {"weights_sha256": weights_sha256, "onnx.quant.pre_process": "onnxruntime.quant"}
+    helper.set_model_props(proto, props | ({TIED: "1"} if model.tie_weights else {}))
     onnx.checker.check_model(proto)
     return proto
 
@@ -190,6 +194,8 @@ def fix_scales(quantized: onnx.ModelProto) -> onnx.ModelProto:
             value.type.tensor_type.shape.dim[2].dim_value += 2
     del quantized.graph.value_info[:]
     quantized.metadata_props.add(key=FIXED_SCALES, value="1")
+    if any(prop.key == TIED for prop in quantized.metadata_props):
+        _share_embedding(quantized)
     return quantized
 
 
@@ -205,6 +211,30 @@ def max_difference(model: AWDLSTM, engine: OnnxEngine) -> float:
         b_BT, theirs = engine.nll(inputs_BT, targets_BT, theirs)
         largest = max(largest, float(np.abs(a_BT - b_BT).max()))
     return largest
+
+
+def _share_embedding(quantized: onnx.ModelProto) -> None:
+    """Let a tied network look its ids up in the decoder's matrix, (E + 2, V), so that the file holds it once.
+
+    The two ends are rows of it, too. The last layer, of which the decoder reads 1 and -1 there, gives every logit the
+    same from them, which is taken out of the bias again.
+    """
+    graph = quantized.graph
+    weights = {weight.name: weight for weight in graph.initializer}
+    table, bias = (numpy_helper.to_array(weights[name]).copy() for name in ("decoder_quantized", "bias"))
+    table[-2:] = [[127], [-127]]  # int8 is symmetric here: the largest weight is one of these
+    bias -= 2 * 127 * numpy_helper.to_array(weights["decoder_scale"])
+    weights["decoder_quantized"].CopyFrom(numpy_helper.from_array(table, "decoder_quantized"))
+    weights["bias"].CopyFrom(numpy_helper.from_array(bias, "bias"))
+    for name in ("embedding_quantized", "embedding_scale", "embedding_zero_point"):
+        graph.initializer.remove(weights[name])
+    look_up, to_float = graph.node[:2]
+    assert (look_up.op_type, to_float.op_type) == ("Gather", "DequantizeLinear")
+    quantized_x = look_up.output[0]
+    columns = helper.make_node("Gather", ["decoder_quantized", "ids"], ["columns"], axis=1)
+    look_up.CopyFrom(helper.make_node("Transpose", ["columns"], [quantized_x], perm=[1, 2, 0]))
+    to_float.input[1:] = ["decoder_scale", "decoder_zero_point"]
+    graph.node.insert(0, columns)
 
 
 def _gates(values: torch.Tensor | torch.nn.Module) -> NDArray[Any]:
