@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= runs/demo
 ISIZULU ?= runs/isizulu-model
 
-.PHONY: demo demo-model isizulu-model test check format lint types clean
+.PHONY: demo demo-model isizulu-model bench test check format lint types clean
 .DELETE_ON_ERROR:
 
 $(BIN)/ulimi: pyproject.toml
@@ -48,6 +48,13 @@ demo-model: $(DEMO)/README.md
 
 isizulu-model: $(BIN)/ulimi
 	ULIMI=$(BIN)/ulimi scripts/isizulu-model.sh "$(CORPORA)" "$(ISIZULU)"
+
+# A quarter of an hour on one quiet core; the peers are installed first. docs/performance.md says what the figures are.
+bench: $(BIN)/ulimi
+	$(BIN)/python -m pip install --progress-bar on "$(TORCH)" --editable ".[bench]"
+	for name in generation scoring install; do \
+	  $(BIN)/python benchmarks/$$name.py --out benchmarks/results/$$name.json || exit 1; done
+	$(BIN)/python benchmarks/report.py
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import reference
-from ulimi.corpus import count_stats
+from ulimi.corpus import count_stats, zstd
 from ulimi.data import (
     IGNORED,
     Windows,
@@ -142,7 +141,7 @@ def test_ids_are_mapped_and_read_only(text_path, cache):
     assert not ids.flags.writeable
 
 
-@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstd.compress)])
 def test_compressed_text_has_the_same_ids(text_path, cache, suffix, compress):
     packed = text_path.with_name(f"text.txt{suffix}")
     packed.write_bytes(compress(text_path.read_bytes()))

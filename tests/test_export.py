@@ -87,6 +87,65 @@ def test_training_leaves_a_graph_of_its_weights_and_says_what_int8_costs(tiny_ru
     assert OnnxEngine(run.dir / "model.onnx").weights_sha256 == run.weights_sha256
 
 
+def some_windows(engine, num_rows, num_steps):
+    ids = np.random.default_rng(num_rows).integers(engine.vocab_size, size=(num_rows, num_steps + 1))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def test_a_row_in_int8_is_its_own_to_the_last_bit_in_any_batch_and_window(tiny_run):
+    engine = OnnxEngine(tiny_run.dir / "model.onnx")
+    assert engine.batch_invariant
+    inputs_BT, targets_BT = some_windows(engine, 37, 60)
+    together_BTV, end = engine.logits(inputs_BT, engine.initial_state(37))
+    nll_BT, _ = engine.nll(inputs_BT, targets_BT, engine.initial_state(37))
+    for row in (0, 5, 36):
+        state = engine.initial_state(1)
+        for t, token in enumerate(inputs_BT[row]):
+            logits_1V, state = engine.step(np.array([token]), state)
+            np.testing.assert_array_equal(logits_1V[0], together_BTV[row, t])
+        for mine, theirs in zip(state, engine.select_state(end, [row]), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+        alone_1T, _ = engine.nll(inputs_BT[[row]], targets_BT[[row]], engine.initial_state(1))
+        np.testing.assert_array_equal(nll_BT[row], alone_1T[0])
+
+
+def test_streams_that_begin_and_streams_that_go_on_share_a_batch(tiny_run):
+    engine = OnnxEngine(tiny_run.dir / "model.onnx")
+    _, later = engine.prime([3, 1, 4, 1, 5, 9, 2, 6], engine.initial_state(1))
+    fresh = engine.initial_state(1)
+    together, _ = engine.step(np.array([7, 7]), engine.join_states([fresh, later]))
+    for row, state in enumerate((fresh, later)):
+        np.testing.assert_array_equal(engine.step(np.array([7]), state)[0][0], together[row])
+
+
+def test_the_units_that_keep_the_scales_keep_their_cells_and_are_no_output(tiny_run):
+    engine = OnnxEngine(tiny_run.dir / "model.onnx")
+    state = engine.initial_state(1)
+    for _ in range(20):
+        _, state = engine.prime([3, 1, 4] * 256, state)
+    for h, c in zip(state[::2], state[1::2], strict=True):
+        assert h[0, 0, -2:].tolist() == [1, -1]
+        assert c[0, 0, -2:].tolist() == [20, -20]
+    assert engine.output(state).shape == (1, 16)
+
+
+def test_a_graph_without_constant_scales_still_runs_each_row_by_itself(tiny_run, corpus_dir, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_run.dir, copy)
+    run = open_run(copy)
+    monkeypatch.setattr(export, "fix_scales", lambda quantized: quantized)  # as it was before there were any
+    export.export_onnx(run, encode_file(corpus_dir / "valid.txt", run.tokenizer))
+    engine = OnnxEngine(copy / "model.onnx")
+    assert not engine.batch_invariant
+    inputs_BT, targets_BT = some_windows(engine, 3, 20)
+    nll_BT, _ = engine.nll(inputs_BT, targets_BT, engine.initial_state(3))
+    logits_BV, _ = engine.step(inputs_BT[:, 0], engine.initial_state(3))
+    for row in range(3):
+        alone_1T, _ = engine.nll(inputs_BT[[row]], targets_BT[[row]], engine.initial_state(1))
+        np.testing.assert_array_equal(nll_BT[row], alone_1T[0])
+        np.testing.assert_array_equal(engine.step(inputs_BT[[row], 0], engine.initial_state(1))[0][0], logits_BV[row])
+
+
 def test_int8_that_costs_too_much_is_not_taken(tiny_run, corpus_dir, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(tiny_run.dir, copy)

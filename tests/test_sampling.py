@@ -175,6 +175,16 @@ def test_ties_keep_the_order_of_ids_in_a_vocabulary_too_large_for_an_insertion_s
         assert 1 < len(kept) < 500
 
 
+@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize("share", [1e-9, 0.3, 0.8, 0.999])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(scale, share):
+    logits = np.random.default_rng(3).normal(scale=scale, size=3000)
+    probs = dict(enumerate(softmax(logits.tolist())))
+    kept, margin = nucleus(probs, sorted(probs, key=probs.__getitem__, reverse=True), share)
+    assert margin > 1e-12
+    assert np.flatnonzero(filter_logits([logits], Sampling(top_p=share))[0] > -INF).tolist() == sorted(kept)
+
+
 def test_the_nucleus_keeps_the_ids_of_its_tokens():
     probs_BV = np.array([[0.05, 0.5, 0.15, 0.3], [0.3, 0.15, 0.5, 0.05]])
     filtered_BV = filter_logits(np.log(probs_BV), Sampling(top_p=0.7))
@@ -382,8 +392,19 @@ def test_a_removed_token_never_comes_out_even_at_the_ends_of_the_draw():
         def random(self, *_args, **_kwargs):
             return self.value
 
-    logits_BV = np.array([[-INF, 0.0, -INF, 0.0, -INF]] * 2)
-    assert sample(logits_BV, Sampling(), [Ends(0.0), Ends(1 - 2**-53)]).tolist() == [1, 3]
+    for other in (0.0, -0.5, -1.0, -40.0):  # the product of the last draw and the total may round to the total
+        logits_BV = np.array([[-INF, 0.0, -INF, other, -INF]] * 2)
+        assert sample(logits_BV, Sampling(), [Ends(0.0), Ends(1 - 2**-53)]).tolist()[0] == 1
+        assert sample(logits_BV, Sampling(), [Ends(0.0), Ends(1 - 2**-53)]).tolist()[1] in (1, 3)
+
+
+def test_draws_from_a_large_vocabulary_are_those_of_one_long_sum():
+    logits = np.random.default_rng(5).normal(scale=3, size=1000)
+    logits[np.random.default_rng(6).random(1000) < 0.3] = -INF
+    ids = sample(np.tile(logits, (500, 1)), Sampling(), [np.random.default_rng(7)] * 500)
+    mass = np.cumsum(softmax(logits.tolist()))
+    rng = np.random.default_rng(7)
+    assert ids.tolist() == [int(np.flatnonzero(mass > rng.random())[0]) for _ in range(500)]
 
 
 def test_greedy_takes_the_lowest_id_among_equals():

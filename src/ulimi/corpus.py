@@ -22,10 +22,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from ulimi.errors import UlimiError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 # Goes up when the same file would be split differently; splits on disk are then made anew.
 SPLIT_VERSION = 1
@@ -118,46 +122,8 @@ def _decompress(file: BinaryIO, suffix: str) -> BinaryIO:
     if suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
     if suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(file), 1 << 16)
+        return cast(BinaryIO, zstd.ZstdFile(file))
     return file
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompress one Zstandard frame after another, and notice when the last is cut off.
-
-    `zstandard`'s own `stream_reader` ends without an error there, and text would be lost in silence.
-    """
-
-    # Four bytes can stand for 128 KiB of repeated text; so one step never makes more than 32 MiB.
-    STEP = 1024
-
-    def __init__(self, source: BinaryIO) -> None:
-        self._source = source
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._frame = self._decompressor.decompressobj()
-        self._inside_frame = False
-        self._compressed = b""
-        self._text = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._text:
-            self._compressed = self._compressed or self._source.read(self.STEP)
-            if not self._compressed:
-                if self._inside_frame:
-                    raise EOFError("the file ends inside a Zstandard frame")
-                return 0
-            self._text = memoryview(self._frame.decompress(self._compressed))
-            self._compressed = self._frame.unused_data
-            self._inside_frame = not self._frame.eof
-            if self._frame.eof:
-                self._frame = self._decompressor.decompressobj()
-        size = min(len(buffer), len(self._text))
-        buffer[:size] = self._text[:size]
-        self._text = self._text[size:]
-        return size
 
 
 def _decode(stream: BinaryIO, name: str) -> Iterator[str]:
@@ -187,7 +153,7 @@ def _decode(stream: BinaryIO, name: str) -> Iterator[str]:
                     "save the file as UTF-8"
                 ) from error
             yield line
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
         raise UlimiError(
             f"{name}, line {num_lines + 1}: cannot be decompressed from here on ({error}); "
             "the file may be damaged or cut off, or its name ends in .gz or .zst by mistake"

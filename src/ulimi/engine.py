@@ -5,7 +5,7 @@ model.onnx on ONNX Runtime; `TorchEngine` runs the weights on PyTorch. Each is i
 before. `ulimi.ngram.NgramEngine` is a model without a network.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,13 @@ EVALUATION_WINDOW = 256
 """tokens read at once when scoring; scores do not depend on it"""
 
 ENGINES = ("auto", "onnx", "torch")
+
+FIXED_SCALES = "fixed_scales"
+"""in a graph's metadata: the last two units of each layer always say 1 and -1, see `ulimi.export.fix_scales`"""
+ENDS_H = (1.0, -1.0)
+"""what those units say"""
+ENDS_C = (20.0, -20.0)
+"""their cells, which they keep: their tanh is what they say, to the last bit of float32"""
 
 EngineState = Any
 """opaque: belongs to the engine that made it"""
@@ -179,8 +186,10 @@ class TorchEngine:
 class OnnxEngine:
     """`Engine` on ONNX Runtime, on the CPU; the graph is that of `ulimi.export`.
 
-    int8 finds one scale for all activations that a call gives it. Rows therefore run one by one, so that none depends
-    on those beside it.
+    int8 finds one scale for all activations that a call gives it. A graph whose activations have constant ends (see
+    `ulimi.export.fix_scales`) has the same scale in every call: a row's numbers are its own to the last bit, in
+    whatever batch and window. In other graphs, of float weights or older, rows run one by one, so that none depends on
+    those beside it.
 
     Args:
         path: a model.onnx.
@@ -190,22 +199,22 @@ class OnnxEngine:
         UlimiError: the file cannot be read as one.
     """
 
-    # The pads behind a row's own tokens would still have their part in the scale of its window.
-    batch_invariant = False
-
     def __init__(self, path: Path, alpha: float = 1.0) -> None:
         import onnxruntime
 
         self.alpha = alpha
         options = onnxruntime.SessionOptions()
-        # Threads that spin between two steps take the core from the next one.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A step is too short to share: with a second thread it takes a fifth longer (docs/performance.md).
+        options.intra_op_num_threads = 1
         options.log_severity_level = 3
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no base of their own
             raise UlimiError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
-        self.weights_sha256 = self._session.get_modelmeta().custom_metadata_map.get("weights_sha256", "")
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.weights_sha256 = metadata.get("weights_sha256", "")
+        # Without constant ends, the pads behind a row's own tokens have their part in the scale of its window, too.
+        self.batch_invariant = FIXED_SCALES in metadata
         logits, *_ = self._session.get_outputs()
         self.vocab_size = int(logits.shape[-1])
         _, *states = self._session.get_inputs()
@@ -213,47 +222,50 @@ class OnnxEngine:
         self._sizes = [int(state.shape[-1]) for state in states]
 
     def initial_state(self, batch_size: int) -> EngineState:
-        """Zeros for `batch_size` streams."""
-        return [np.zeros((1, batch_size, size), dtype=np.float32) for size in self._sizes]
+        """Zeros for `batch_size` streams, apart from the units that keep the scales."""
+        state = [np.zeros((1, batch_size, size), dtype=np.float32) for size in self._sizes]
+        if self.batch_invariant:
+            for h, c in zip(state[::2], state[1::2], strict=True):
+                h[..., -2:], c[..., -2:] = ENDS_H, ENDS_C
+        return state
 
     def step(self, ids_B: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
         """Read one id a stream, (B,); give the logits of the next, (B, V): each row's own, whatever the batch."""
-        rows = [self._run(ids_B[row : row + 1], self.select_state(state, [row])) for row in range(len(ids_B))]
-        return np.concatenate([logits_1V for logits_1V, _ in rows]), self.join_states([state for _, state in rows])
+        logits_B1V, state = self.logits(ids_B[:, None], state)
+        return logits_B1V[:, 0], state
 
     def prime(self, ids: Sequence[int], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
         """Read several ids of one stream at once; give the logits after the last, (1, V)."""
         if not ids:
             raise ValueError("no ids to read")
         for start in range(0, len(ids), EVALUATION_WINDOW):
-            window_T = np.array(ids[start : start + EVALUATION_WINDOW], dtype=np.int64)
-            logits_TV, state = self._run(window_T, state)
-        return logits_TV[-1:], state
+            window_1T = np.array([ids[start : start + EVALUATION_WINDOW]], dtype=np.int64)
+            logits_1TV, state = self.logits(window_1T, state)
+        return logits_1TV[:, -1], state
 
     def nll(
         self, inputs_BT: NDArray[np.int64], targets_BT: NDArray[np.int64], state: EngineState
     ) -> tuple[NDArray[np.float32], EngineState]:
-        """Read a window; give the nats of each target, (B, T): a row's own, but for the pads that it holds."""
-        # One row's logits at a time: all of them together may be large.
+        """Read a window; give the nats of each target, (B, T): a row's own."""
+        if not self.batch_invariant and len(inputs_BT) > 1:
+            return self._row_by_row(self.nll, (inputs_BT, targets_BT), state)
+        # All logits of a large window together would be far larger than a cache; the pieces change nothing.
         nll_BT = np.empty(targets_BT.shape, dtype=np.float32)
-        new_states: list[EngineState] = []
-        for row in range(len(inputs_BT)):
-            logits_1TV, new_state = self.logits(inputs_BT[row : row + 1], self.select_state(state, [row]))
-            new_states.append(new_state)
-            targets_1T = targets_BT[row : row + 1]
-            if self.alpha != 1:
-                nll_BT[row] = _sparse_nats(logits_1TV, targets_1T, self.alpha)[0]
-                continue
-            logits_TV = logits_1TV[0]
-            top_T = logits_TV.max(axis=-1)
-            total_T = np.exp(logits_TV - top_T[:, None]).sum(axis=-1)
-            nll_BT[row] = np.log(total_T) + top_T - logits_TV[np.arange(len(top_T)), targets_1T[0]]
-        return nll_BT, self.join_states(new_states)
+        num_steps = max(1, EVALUATION_WINDOW // len(inputs_BT)) if self.batch_invariant else targets_BT.shape[1]
+        for start in range(0, targets_BT.shape[1], num_steps):
+            piece = slice(start, start + num_steps)
+            logits_BTV, state = self.logits(inputs_BT[:, piece], state)
+            nll_BT[:, piece] = _nats(logits_BTV, targets_BT[:, piece], self.alpha)
+        return nll_BT, state
 
     def logits(self, inputs_BT: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
-        """Read a window; give the logits after each id, (B, T, V): a row's own, but for the pads that it holds."""
-        rows = [self._run(inputs_T, self.select_state(state, [row])) for row, inputs_T in enumerate(inputs_BT)]
-        return np.stack([logits_TV for logits_TV, _ in rows]), self.join_states([new_state for _, new_state in rows])
+        """Read a window; give the logits after each id, (B, T, V): a row's own."""
+        if not self.batch_invariant and len(inputs_BT) > 1:
+            return self._row_by_row(self.logits, (inputs_BT,), state)
+        logits_TBV, *new_state = self._session.run(
+            None, {"ids": inputs_BT.T, **dict(zip(self._state_names, state, strict=True))}
+        )
+        return logits_TBV.swapaxes(0, 1), new_state
 
     def repeat_state(self, state: EngineState, n: int) -> EngineState:
         """Turn the state of one stream into that of `n` equal ones."""
@@ -270,14 +282,29 @@ class OnnxEngine:
     def output(self, state: EngineState) -> NDArray[np.float32]:
         """Give the last layer's output that led to this state, (B, E)."""
         output_BE: NDArray[np.float32] = state[-2][0]
-        return output_BE
+        return output_BE[:, :-2] if self.batch_invariant else output_BE
 
-    def _run(self, ids_T: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
-        """Read ids of one stream, (T,); give the logits after each, (T, V)."""
-        logits_T1V, *new_state = self._session.run(
-            None, {"ids": ids_T[:, None], **dict(zip(self._state_names, state, strict=True))}
-        )
-        return logits_T1V[:, 0], new_state
+    def _row_by_row(
+        self, call: Callable[..., tuple[NDArray[np.float32], EngineState]], windows: Sequence[NDArray[np.int64]],
+        state: EngineState,
+    ) -> tuple[NDArray[np.float32], EngineState]:  # fmt: skip
+        rows = [
+            call(*(window_BT[row : row + 1] for window_BT in windows), self.select_state(state, [row]))
+            for row in range(len(windows[0]))
+        ]
+        return np.concatenate([result for result, _ in rows]), self.join_states([new_state for _, new_state in rows])
+
+
+def _nats(logits_BTV: NDArray[np.float32], targets_BT: NDArray[np.int64], alpha: float) -> NDArray[np.float32]:
+    """Nats of each target, (B, T), of logits that are overwritten; smoothed under a sparse model."""
+    if alpha != 1:
+        return _sparse_nats(logits_BTV, targets_BT, alpha)
+    own_BT1 = np.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
+    top_BT1 = logits_BTV.max(axis=-1, keepdims=True)
+    logits_BTV -= top_BT1  # in place: a copy of so many takes longer than all the rest
+    total_BT1 = np.exp(logits_BTV, out=logits_BTV).sum(axis=-1, keepdims=True)
+    nats_BT: NDArray[np.float32] = (np.log(total_BT1) + top_BT1 - own_BT1)[..., 0]
+    return nats_BT
 
 
 def _sparse_nats(logits_BTV: NDArray[np.float32], targets_BT: NDArray[np.int64], alpha: float) -> NDArray[np.float32]:

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from ulimi.data import EncodedText
-from ulimi.engine import OnnxEngine, TorchEngine, load_model
+from ulimi.engine import FIXED_SCALES, OnnxEngine, TorchEngine, load_model
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_path
 from ulimi.model import AWDLSTM
@@ -67,7 +67,7 @@ def export_onnx(run: Run, valid_text: EncodedText, *, exact_nats: float | None =
                 f"no {ONNX}: ONNX Runtime differs from the network by {difference:.1e} nats a token, "
                 f"more than {MAX_DIFFERENCE:g}; the weights themselves are not concerned"
             )
-        quantize_dynamic(fp32, out, weight_type=QuantType.QInt8, op_types_to_quantize=["LSTM", "MatMul", "Gather"])
+        write_int8(fp32, out)
         if exact_nats is None:
             exact_nats = score_stream(TorchEngine(model, run.alpha), valid_text.ids, eos_id)
         exact = exact_nats * bits
@@ -139,6 +139,58 @@ def build_graph(model: AWDLSTM, weights_sha256: str) -> onnx.ModelProto:
     helper.set_model_props(proto, {"weights_sha256": weights_sha256, "onnx.quant.pre_process": "onnxruntime.quant"})
     onnx.checker.check_model(proto)
     return proto
+
+
+def write_int8(fp32: Path, out: Path) -> None:
+    """Turn a file of `build_graph` into int8."""
+    quantize_dynamic(fp32, out, weight_type=QuantType.QInt8, op_types_to_quantize=["LSTM", "MatMul", "Gather"])
+    onnx.save(fix_scales(onnx.load(out)), out)
+
+
+def fix_scales(quantized: onnx.ModelProto) -> onnx.ModelProto:
+    """Give each layer two more units, which always say 1 and -1, and the embedding its two ends, in every row.
+
+    int8 finds a scale from the least and the largest of all activations that it is given. An LSTM's output lies
+    between -1 and 1: with these ends among them every scale is a constant. What a row gives then depends on no other
+    row, nor on how its text is cut into windows, to the last bit, for sums of whole numbers have no order. The weights
+    from the new units are 0, and their gates keep the cells that a state begins with (`ulimi.engine.ENDS_C`).
+
+    Args:
+        quantized: what `quantize_dynamic` made of `build_graph`'s. It is changed, and given back.
+    """
+    weights = {weight.name: weight for weight in quantized.graph.initializer}
+
+    def put(name: str, values: NDArray[Any]) -> None:
+        weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), name))
+
+    def pad_gates(name: str) -> None:
+        """Two columns of 0 for each gate, and rows of 0 for the new inputs; int8 is symmetric, its 0 is 0."""
+        assert not numpy_helper.to_array(weights[name.replace("quantized", "zero_point")]).any()
+        gates = np.split(numpy_helper.to_array(weights[name]), 4, axis=2)
+        put(name, np.concatenate([np.pad(gate, ((0, 0), (0, 2), (0, 2))) for gate in gates], axis=2))
+
+    embedding = numpy_helper.to_array(weights["embedding_quantized"])
+    both = np.broadcast_to(np.array([embedding.min(), embedding.max()]), (len(embedding), 2))
+    put("embedding_quantized", np.concatenate([embedding, both], axis=1))
+    layers = [node for node in quantized.graph.node if node.op_type == "DynamicQuantizeLSTM"]
+    for i, layer in enumerate(layers):
+        pad_gates(f"w{i}_quantized")
+        pad_gates(f"r{i}_quantized")
+        # Their input gate is shut, their output and forget gates are open.
+        biases = np.split(numpy_helper.to_array(weights[f"b{i}"]), 8, axis=1)
+        ends = (-100, 100, 100, 0, 0, 0, 0, 0)  # i, o, f, g, of the inputs and of the recurrence
+        wider = [np.pad(b, ((0, 0), (0, 2)), constant_values=end) for b, end in zip(biases, ends, strict=True)]
+        put(f"b{i}", np.concatenate(wider, axis=1))
+        for attribute in layer.attribute:
+            if attribute.name == "hidden_size":
+                attribute.i += 2
+    put("decoder_quantized", np.pad(numpy_helper.to_array(weights["decoder_quantized"]), ((0, 2), (0, 0))))
+    for value in (*quantized.graph.input, *quantized.graph.output):
+        if value.name[0] in "hc":
+            value.type.tensor_type.shape.dim[2].dim_value += 2
+    del quantized.graph.value_info[:]
+    quantized.metadata_props.add(key=FIXED_SCALES, value="1")
+    return quantized
 
 
 def max_difference(model: AWDLSTM, engine: OnnxEngine) -> float:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ulimi.distribution import log_probs
+from ulimi.distribution import log_prob, log_probs
 from ulimi.errors import UlimiError
-from ulimi.sampling import Rule, Sampling, apply_rules, best_ids, checked_logits, sample
+from ulimi.sampling import Rule, Sampling, apply_rules, best_ids, checked_logits, draw, sample
 
 if TYPE_CHECKING:
     from ulimi.engine import Engine, EngineState
@@ -197,22 +197,28 @@ def _generate(
         if not live:
             return
         last_B = np.array([start.ids[-1] for start in going], dtype=np.int64)
-        next_BV, state = engine.step(last_B, engine.join_states([start.state for start in going]))
-        logits_BV = checked_logits(next_BV)
+        logits_BV, state = engine.step(last_B, engine.join_states([start.state for start in going]))
     else:
         first_1V, state = engine.prime(prompt, engine.initial_state(1))
-        logits_BV = checked_logits(first_1V).repeat(num, axis=0)
+        logits_BV = first_1V.repeat(num, axis=0)
         state = engine.repeat_state(state, num)
 
     while True:
-        ruled_BV = _ruled(logits_BV, [rules_of(row) for row in live], prompt, [texts[row] for row in live])
-        ids_B = sample(ruled_BV, sampling, [rngs[row] for row in live])
-        logprobs_B = log_probs(logits_BV, engine.alpha)[np.arange(len(live)), ids_B].tolist()
+        ids_B = np.empty(len(live), dtype=np.int64)
+        logprobs: list[float] = []
+        for place, row in enumerate(live):
+            logits_1V = checked_logits(logits_BV[place : place + 1])
+            ruled_1V = logits_1V
+            if rules := rules_of(row):
+                ruled_1V = apply_rules(logits_1V, rules, [[*prompt, *texts[row]]])
+            token = draw(ruled_1V[0], sampling, rngs[row])
+            ids_B[place] = token
+            logprobs.append(log_prob(logits_1V[0], token, engine.alpha))
 
         places: list[int] = []  # in the batch, of the rows that go on
         for place, (row, token) in enumerate(zip(live, ids_B.tolist(), strict=True)):
             texts[row].append(token)
-            yield Step(row, token, logprobs_B[place])
+            yield Step(row, token, logprobs[place])
             if goes_on(row):
                 places.append(place)
 
@@ -222,23 +228,7 @@ def _generate(
         if len(places) < len(live):
             state = engine.select_state(state, places)
             live = [live[place] for place in places]
-        next_BV, state = engine.step(ids_B[places], state)
-        logits_BV = checked_logits(next_BV)
-
-
-def _ruled(
-    logits_BV: NDArray[np.float64],
-    rules_B: Sequence[Sequence[Rule]],
-    prompt: Sequence[int],
-    texts: Sequence[Sequence[int]],
-) -> NDArray[np.float64]:
-    if not any(rules_B):
-        return logits_BV
-    rows = [
-        apply_rules(logits_BV[place : place + 1], rules, [[*prompt, *text]])
-        for place, (rules, text) in enumerate(zip(rules_B, texts, strict=True))
-    ]
-    return np.concatenate(rows)
+        logits_BV, state = engine.step(ids_B[places], state)
 
 
 def _choose_starts(starts: Sequence[Start], sampling: Sampling, rngs: Sequence[np.random.Generator]) -> Iterator[Start]:
