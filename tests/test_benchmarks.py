@@ -69,7 +69,7 @@ def test_contenders_train_on_one_text_and_come_into_one_table(tmp_path):
         # In so short a time it has hardly learned anything: log2 of the vocabulary, times tokens a character.
         assert results[name]["curve"][-1][1] == pytest.approx(results[name]["scores"]["valid"]["stream"], rel=0.02)
         assert results[name]["training_minutes"] == results[name]["curve"][-1][0] > 0
-        assert 5.3e6 > results[name]["parameters"] > 4.4e6
+        assert results[name]["parameters"] == pytest.approx(5.5e6, rel=0.01)
     last = json.loads((out / "runs" / "ours" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["lr"] == pytest.approx(0, abs=1e-9)
 
@@ -125,8 +125,8 @@ def test_gpt2_reads_each_token_once_and_after_enough_others(length):
 
 
 def test_gpt2s_nats_are_those_of_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # before transformers looks for it
     pytest.importorskip("transformers")
-    monkeypatch.setitem(sys.modules, "torchvision", None)
     import torch
 
     gpt2 = load("gpt2")
