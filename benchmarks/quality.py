@@ -4,8 +4,9 @@
     python benchmarks/quality.py --out FOLDER --report
 
 CORPUS has train.txt, valid.txt and test.txt. Each contender leaves FOLDER/NAME.json and is skipped where that is there,
-so contenders can run side by side, each on its own core, with --only; --report writes FOLDER/quality.md and quality.png
-of those that are there. --test adds the figures of the test text, also to contenders that are done.
+so contenders can run side by side, each on its own core, with --only. FOLDER/quality.md and quality.png are made of
+those that are there, at the end and by --report. --test adds the figures of the test text, also to contenders that
+are done already.
 
 All read the same tokens: a byte-level BPE of 4,000 that ulimi trains on the training text. The clock runs during
 training steps alone, neither while they are calibrated nor while anything is validated or written; with one thread it
@@ -14,8 +15,8 @@ is that thread's processor time, in which other programs take no part, with more
 One rule for all networks: the weights that count are those with the lowest validation nats among the curve's points,
 and those points are what the plot shows. Ours has one after each epoch, in ten stretches of the text; GPT-2 one after
 each twelfth of its time, the text as one stream. AdamW's cosine ends with the time. For that ulimi must know how many
-epochs it will make: they are the whole ones that fit (with a tenth of one to spare) at a speed measured beforehand, so
-its minutes, which the table shows, differ from those allowed. GPT-2's cosine follows the clock itself.
+epochs it will make: as many whole ones as fit, or miss it by a tenth of one, at a speed measured beforehand (a tenth of
+the time, a minute at most); so its minutes, which the table shows, differ from those allowed. GPT-2's cosine follows the clock itself.
 
     ours, ours-bf16   the recipe isizulu-cpu; products of matrices in bfloat16
     plain-lstm        the same network and optimizer without dropouts, weight drop, AR and TAR
@@ -301,7 +302,7 @@ def report(out: Path) -> None:
     def cell(result: Result, key: str, form: str) -> str:
         return format(result[key], form) if key in result else "–"
 
-    columns = {"parameters": ",", "training_minutes": ".1f", "tokens_per_s": ",.0f", "best_minute": ".1f"}
+    columns = {"parameters": ",", "training_minutes": ".2f", "tokens_per_s": ",.0f", "best_minute": ".1f"}
     head = ["bits per character", "parameters", "minutes", "tokens/s", "best after"]
     head += [f"{part}, {way}" for part in parts for way in ("lines", "stream")]
     rows = [
@@ -357,14 +358,17 @@ def main() -> None:
         if args.report:
             report(args.out)
             return
-        if args.corpus is None or args.minutes <= 0:
-            raise UlimiError("a corpus and a time are needed")
+        if args.corpus is None or args.minutes <= 0 or args.threads < 1:
+            raise UlimiError("a corpus, a time and a number of threads are needed")
+        if any(name.startswith("gpt2") for name in args.only):
+            gpt2.classes()  # before the others have trained for hours
         torch.set_num_threads(args.threads)
         corpus = open_corpus(args.corpus, args.out / "corpus")
         job = Job(corpus, args.out, args.minutes, args.threads, args.gpt2_lr)
         args.out.mkdir(parents=True, exist_ok=True)
         for name in args.only:
             run(job, name, ["valid", "test"] if args.test else ["valid"])
+        report(args.out)
     except UlimiError as error:
         parser.error(str(error))
 
