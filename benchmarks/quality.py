@@ -16,7 +16,8 @@ One rule for all networks: the weights that count are those with the lowest vali
 and those points are what the plot shows. Ours has one after each epoch, in ten stretches of the text; GPT-2 one after
 each twelfth of its time, the text as one stream. AdamW's cosine ends with the time. For that ulimi must know how many
 epochs it will make: as many whole ones as fit, or miss it by a tenth of one, at a speed measured beforehand (a tenth of
-the time, a minute at most); so its minutes, which the table shows, differ from those allowed. GPT-2's cosine follows the clock itself.
+the time, a minute at most); so its minutes, which the table shows, differ from those allowed. GPT-2's cosine follows
+the clock itself.
 
     ours, ours-bf16   the recipe isizulu-cpu; products of matrices in bfloat16
     plain-lstm        the same network and optimizer without dropouts, weight drop, AR and TAR
