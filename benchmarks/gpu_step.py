@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_step.py CORPUS [--recipe ptb] [--batch-sizes 20,80] [--steps 60] [--json FILE]
 
-`plain` is the same code without what ulimi.cuda brings: nn.LSTM given its dropped matrix, whose weights cuDNN compacts at
-each call, launched kernel by kernel. Times are medians over windows, each waited for; an epoch is its number of windows
+`plain` is the same code without what ulimi.cuda brings: nn.LSTM given its dropped matrix, whose weights cuDNN compacts
+at each call, launched kernel by kernel. Times are medians over windows, each waited for; an epoch is its number of windows
 times that, plus nothing for validation.
 """
 

@@ -146,6 +146,7 @@ def test_resume_needs_no_setting_and_may_extend(works, run_dir, corpus_dir):
     (["--resume"], "nothing to resume in new"),
     (["--device", "gpu"], "--device gpu: not a device"),
     (["--device", "cuda"], "no CUDA device is there"),
+    (["--precision", "tf32"], "--precision tf32: allowed on cpu: auto, fp32, bf16"),
     (["--threads", "-1"], "--threads"),
     (["--checkpoint-minutes", "-1"], "--checkpoint-minutes"),
     (["--no-such-option"], "--no-such-option"),
@@ -155,7 +156,7 @@ def test_train_refuses_in_one_line_and_makes_no_run(refused, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "bad.toml").write_text("[optim\n")
-    late = settings[0].startswith(("data.", "--device"))
+    late = settings[0].startswith(("data.", "--device", "--precision"))
     assert said in refused("train", corpus_dir, "--out", "new", "tokenizer.vocab_size=320", *settings, notes=late)
     assert not (tmp_path / "new").exists()
 

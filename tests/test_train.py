@@ -251,6 +251,40 @@ def test_a_checkpoint_inside_an_epoch_is_written_when_it_is_due(tmp_path, corpus
     assert read_checkpoint(tmp_path)[1]["step"] == 6
 
 
+def test_the_end_of_an_epoch_is_written_when_some_time_has_gone_by(tmp_path, corpus, monkeypatch):
+    """Quick epochs: what is not written yet, best weights too, is made again after a kill, and written at the end."""
+
+    class Killed(BaseException):
+        pass
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(corpus, whole, tiny("optim.max_epochs=4"))
+    monkeypatch.setattr("ulimi.train.SECONDS_BETWEEN_SAVES", 3600.0)
+    rows = itertools.count(1)
+
+    class KilledInEpochThree(Silent):
+        def epoch(self, row):
+            if next(rows) == 3:
+                raise Killed
+
+    with pytest.raises(Killed):
+        train(corpus, killed, tiny("optim.max_epochs=4"), reporter=KilledInEpochThree())
+    assert read_checkpoint(killed)[1]["epoch"] == 0
+    assert not (killed / WEIGHTS).exists()
+    train(corpus, killed, tiny("optim.max_epochs=4"), resume=True)
+    assert [row["epoch"] for row in open_run(killed).metrics()] == [1, 2, 3, 4]
+    assert_same_run(whole, killed)
+
+
+def test_half_precision_trains_on_a_cpu(tmp_path, corpus):
+    train(corpus, tmp_path / "exact", tiny("optim.max_epochs=6"))
+    train(corpus, tmp_path / "half", tiny("optim.max_epochs=6"), precision="bf16")
+    exact, half = ([row["valid_nll"] for row in open_run(tmp_path / name).metrics()] for name in ("exact", "half"))
+    assert half != exact
+    assert half == pytest.approx(exact, rel=0.02)
+    assert open_run(tmp_path / "half").meta["machine"]["precision"] == "bf16"
+
+
 @pytest.mark.parametrize("failing", ["safetensors.torch.save_file", "ulimi.train.plot_curve", "ulimi.train.json.dumps"])
 def test_a_write_that_fails_leaves_the_last_good_checkpoint(tmp_path, corpus, monkeypatch, failing):
     whole = tmp_path / "whole"
