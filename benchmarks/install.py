@@ -12,6 +12,7 @@ compiled ones are there; a bare `python -c pass` stands beside them. Wall time, 
 
 from common import arguments, finish  # isort: skip
 
+import os
 import statistics
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def main() -> None:
         found = times(Path(sys.executable), [sys.executable, "-m", "ulimi"], args.rounds)
         finish(args, [*sizes(ROOT / "src"), *found], ())
         return
+    os.environ.pop("PYTHONPATH", None)  # or the fresh environment would hold more than is installed in it
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         scripts = Path(folder) / "bin"

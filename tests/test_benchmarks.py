@@ -155,5 +155,6 @@ def test_the_picture_can_be_drawn(tmp_path):
 
 
 def test_the_files_name_no_place():
-    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        assert "/" not in path.read_text(encoding="utf-8"), path.name
+    report = load("report")
+    for name in report.TABLES:
+        assert "/" not in (report.RESULTS / f"{name}.json").read_text(encoding="utf-8"), name
