@@ -35,7 +35,8 @@ LAYERS = [
     {"writer", "keystrokes"},
     {"study"},
     {"report"},
-    {"recipe", "model", "loss", "plot"},
+    {"recipe", "cpu", "plot"},
+    {"model", "loss"},
     {"optim", "adapt", "export"},
     {"train", "release"},
     {"cli"},
@@ -43,7 +44,7 @@ LAYERS = [
 ]
 """a module may import those of the layers above its own"""
 
-TRAINING_FLOOR = {"recipe", "model", "loss", "report", "optim", "train", "adapt", "plot", "export", "release"}
+TRAINING_FLOOR = {"recipe", "cpu", "model", "loss", "report", "optim", "train", "adapt", "plot", "export", "release"}
 LIGHT_FLOOR = set().union(*LAYERS) - TRAINING_FLOOR
 HEAVY = {"torch", "safetensors", "tomli_w", "matplotlib", "tensorboard", "onnx"}
 

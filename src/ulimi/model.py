@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ulimi.cpu import lstm
+
 LayerState = tuple[Tensor, Tensor]
 """(h, c) of one layer, each (1, B, H)."""
 
@@ -138,6 +140,8 @@ class WeightDropLSTM(nn.Module):
             out: tuple[Tensor, LayerState] = self.lstm(x_BTI, state)
             return out
         dropped_hh = weight_hh * dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
+        if weight_hh.device.type == "cpu" and weight_hh.dtype == x_BTI.dtype == torch.float32:
+            return lstm(x_BTI, state, self.lstm.weight_ih_l0, dropped_hh, self.lstm.bias_ih_l0, self.lstm.bias_hh_l0)  # type: ignore[arg-type]
         with warnings.catch_warnings():
             # The dropped matrix stands outside cuDNN's flat buffer, and cuDNN says so at each call.
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")

@@ -1,0 +1,307 @@
+"""An LSTM layer's training pass on a CPU: few large products, and the gates in one pass each way.
+
+PyTorch's own LSTM makes its products with MKL, which takes a slow way on AMD processors, and many small passes over
+each step's gates, backward above all. Here oneDNN makes the products, the recurrent matrix is packed once a window,
+and a small C file does the gates. It is compiled when first needed, into the user's cache; where there is no compiler,
+or ULIMI_NATIVE is 0, PyTorch's operators do the same.
+
+Shape letters: T time steps, B streams, I inputs, H hidden, G = 4H gates (input, forget, candidate, output). Time first.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ulimi.data import default_cache_dir
+from ulimi.files import atomic_path
+
+SOURCE = Path(__file__).with_suffix(".c")
+COMPILE = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FURTHER = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ())
+"""what not every compiler knows, best first"""
+ROWS_WORTH_A_THREAD = 8
+
+# Products
+
+
+def product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """Give a b (+ bias), by the faster library; both may be transposed views."""
+    if _has_onednn() and _is_plain(a_MK) and _is_plain(b_KN):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), bias_N, "none", [], "")
+        return out
+    return torch.mm(a_MK, b_KN) if bias_N is None else torch.addmm(bias_N, a_MK, b_KN)
+
+
+def right_factor(b_KN: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """Give the map a -> a b, for many products of `rows` rows with one matrix, which oneDNN packs."""
+    if not (_has_onednn() and _is_plain(b_KN)):
+        return functools.partial(torch.mm, mat2=b_KN)
+    packed = torch.ops.mkldnn._reorder_linear_weight(b_KN.t(), rows)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda a_MK: multiply(a_MK, packed, None, "none", [], "")
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Tell whether oneDNN's products are there and right: these operators are PyTorch's own, and may change."""
+    a, b = torch.linspace(-1, 1, 6).view(2, 3), torch.linspace(-1, 2, 15).view(5, 3).t()
+    try:
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        packed = torch.ops.mkldnn._reorder_linear_weight(b.t(), 2)
+        both = multiply(a, b.t(), a.new_ones(5), "none", [], ""), multiply(a, packed, None, "none", [], "") + 1
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return all(torch.allclose(x, torch.mm(a, b) + 1, atol=1e-6) for x in both)
+
+
+# Gates
+
+
+class Gates(Protocol):
+    """The two passes over one time step's gates. All matrices are contiguous."""
+
+    def forward(
+        self, gates_BG: Tensor, recurrent_BG: Tensor, before_BH: Tensor, cell_BH: Tensor, out_BH: Tensor
+    ) -> None:
+        """Take the input's part in `gates_BG` and the rest; put the gates there, and the step's cell and output."""
+
+    def backward(
+        self,
+        gates_BG: Tensor,
+        before_BH: Tensor,
+        cell_BH: Tensor,
+        grad_a_BH: Tensor,
+        grad_b_BH: Tensor,
+        grad_cell_BH: Tensor,
+    ) -> None:
+        """Take the gradient of the output, in two parts, and of the cell; put those of the gates and the last cell."""
+
+
+class TorchGates:
+    """By PyTorch's operators."""
+
+    def forward(
+        self, gates_BG: Tensor, recurrent_BG: Tensor, before_BH: Tensor, cell_BH: Tensor, out_BH: Tensor
+    ) -> None:
+        """See `Gates`."""
+        i, f, g, o = gates_BG.add_(recurrent_BG).chunk(4, dim=1)
+        for gate in (i, f, o):
+            gate.sigmoid_()
+        g.tanh_()
+        torch.addcmul(i * g, f, before_BH, out=cell_BH)
+        torch.mul(o, cell_BH.tanh(), out=out_BH)
+
+    def backward(
+        self,
+        gates_BG: Tensor,
+        before_BH: Tensor,
+        cell_BH: Tensor,
+        grad_a_BH: Tensor,
+        grad_b_BH: Tensor,
+        grad_cell_BH: Tensor,
+    ) -> None:
+        """See `Gates`."""
+        i, f, g, o = gates_BG.chunk(4, dim=1)
+        squashed, grad_out = cell_BH.tanh(), grad_a_BH + grad_b_BH
+        grad = torch.addcmul(grad_cell_BH, grad_out * o, 1 - squashed * squashed)
+        torch.mul(grad, f, out=grad_cell_BH)
+        parts = (
+            grad * g * i * (1 - i),
+            grad * before_BH * f * (1 - f),
+            grad * i * (1 - g * g),
+            grad_out * squashed * o * (1 - o),
+        )
+        torch.cat(parts, dim=1, out=gates_BG)
+
+
+class NativeGates:
+    """By the C file."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._forward, self._backward = library.ulimi_lstm_forward, library.ulimi_lstm_backward
+        for function, matrices in ((self._forward, 5), (self._backward, 6)):
+            function.restype = None
+            function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * matrices
+
+    def forward(
+        self, gates_BG: Tensor, recurrent_BG: Tensor, before_BH: Tensor, cell_BH: Tensor, out_BH: Tensor
+    ) -> None:
+        """See `Gates`."""
+        self._call(self._forward, before_BH, (gates_BG, recurrent_BG, before_BH, cell_BH, out_BH))
+
+    def backward(
+        self,
+        gates_BG: Tensor,
+        before_BH: Tensor,
+        cell_BH: Tensor,
+        grad_a_BH: Tensor,
+        grad_b_BH: Tensor,
+        grad_cell_BH: Tensor,
+    ) -> None:
+        """See `Gates`."""
+        self._call(self._backward, before_BH, (gates_BG, before_BH, cell_BH, grad_a_BH, grad_b_BH, grad_cell_BH))
+
+    def _call(self, function: Any, like_BH: Tensor, matrices: tuple[Tensor, ...]) -> None:
+        rows, hidden = like_BH.shape
+        threads = min(torch.get_num_threads(), max(1, rows // ROWS_WORTH_A_THREAD))
+        function(rows, hidden, threads, *[matrix.data_ptr() for matrix in matrices])
+
+
+@functools.cache
+def fused_gates() -> Gates:
+    """Give the C file's passes where they can be had, else PyTorch's."""
+    library = None if os.environ.get("ULIMI_NATIVE") == "0" else _load_library()
+    if library is not None:
+        native = NativeGates(library)
+        if _agree(native, TorchGates()):
+            return native
+    return TorchGates()
+
+
+def _load_library() -> ctypes.CDLL | None:
+    """Load the compiled C file from the user's cache, where it is put first if need be."""
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    if shutil.which(compiler[0]) is None or os.name != "posix":
+        return None
+    name = hashlib.sha256(repr((SOURCE.read_text(), compiler, COMPILE, FURTHER, _processor())).encode()).hexdigest()[
+        :32
+    ]
+    path = default_cache_dir() / f"{name}.so"
+    try:
+        if not path.exists():
+            with atomic_path(path) as unfinished:
+                _compile(compiler, unfinished)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    for further in FURTHER:
+        command = [*compiler, *COMPILE, *further, "-o", str(path), str(SOURCE), "-lm"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+        if done.returncode == 0:
+            return
+    done.check_returncode()
+
+
+def _processor() -> str:
+    """Name what `-march=native` compiles for: a cache may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    kinds = ("model name", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(kinds)}))
+
+
+def _agree(one: Gates, other: Gates) -> bool:
+    """Compare two implementations on numbers small and large."""
+    rng = torch.Generator().manual_seed(0)
+    results = []
+    draws = [torch.randn(3, 4 * 35 if k < 2 else 35, generator=rng) * 4 for k in range(5)]
+    for gates in (one, other):
+        gates_BG, recurrent_BG, before_BH, grad_BH, grad_cell_BH = [x.clone() for x in draws]
+        cell_BH, out_BH = torch.empty_like(before_BH), torch.empty_like(before_BH)
+        gates.forward(gates_BG, recurrent_BG, before_BH, cell_BH, out_BH)
+        after_BG = gates_BG.clone()
+        gates.backward(gates_BG, before_BH, cell_BH, grad_BH, before_BH, grad_cell_BH)
+        results.append(torch.cat([after_BG, cell_BH, out_BH, gates_BG, grad_cell_BH], dim=1))
+    return torch.allclose(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+# The layer
+
+
+def lstm(
+    x_BTI: Tensor,
+    state: tuple[Tensor, Tensor] | None,
+    weight_ih_GI: Tensor,
+    weight_hh_GH: Tensor,
+    bias_ih_G: Tensor,
+    bias_hh_G: Tensor,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Do what a batch-first `nn.LSTM` of one layer does, in float32 on a CPU; gradients reach every argument."""
+    if state is None:
+        h_BH = c_BH = x_BTI.new_zeros(x_BTI.size(0), weight_hh_GH.size(1))
+    else:
+        h_BH, c_BH = state[0][0], state[1][0]
+    out_TBH, h_BH, c_BH = _LSTM.apply(  # type: ignore[no-untyped-call]
+        x_BTI.transpose(0, 1), h_BH, c_BH, weight_ih_GI, weight_hh_GH, bias_ih_G + bias_hh_G
+    )
+    return out_TBH.transpose(0, 1), (h_BH[None], c_BH[None])
+
+
+def _recur(
+    x_TBI: Tensor, hidden_SBH: Tensor, cell_SBH: Tensor, weight_ih_GI: Tensor, weight_hh_GH: Tensor, bias_G: Tensor
+) -> Tensor:
+    """Fill the outputs and cells of all steps behind those before the first; give the gates (T, B, G)."""
+    num_steps, num_streams, _ = x_TBI.shape
+    gates_TBG = product(x_TBI.flatten(0, 1), weight_ih_GI.t(), bias_G).view(num_steps, num_streams, -1)
+    times_weight_hh = right_factor(weight_hh_GH.t(), num_streams)
+    forward = fused_gates().forward
+    hidden, cell = hidden_SBH.unbind(), cell_SBH.unbind()
+    for t, gates_BG in enumerate(gates_TBG.unbind()):
+        forward(gates_BG, times_weight_hh(hidden[t]), cell[t], cell[t + 1], hidden[t + 1])
+    return gates_TBG
+
+
+class _LSTM(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weight_ih_GI: Tensor, weight_hh_GH: Tensor, bias_G: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x_TBI = x_TBI.contiguous()
+        hidden_SBH, cell_SBH = (torch.empty(len(x_TBI) + 1, *s.shape) for s in (h_BH, c_BH))  # S = T + 1
+        hidden_SBH[0], cell_SBH[0] = h_BH, c_BH
+        ctx.gates_TBG = _recur(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G)
+        ctx.save_for_backward(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G)
+        ctx.set_materialize_grads(False)
+        # The last state is a copy: it stays for the next window, and all of this one with it otherwise.
+        return hidden_SBH[1:], hidden_SBH[-1].clone(), cell_SBH[-1].clone()
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_TBH: Tensor | None, grad_h_BH: Tensor | None, grad_c_BH: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G = ctx.saved_tensors
+        gates_TBG, ctx.gates_TBG = ctx.gates_TBG, None
+        if gates_TBG is None:  # a second pass backward; the first has written over them
+            gates_TBG = _recur(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G)
+        num_streams, num_gates = gates_TBG.shape[1:]
+        zeros_BH = torch.zeros_like(cell_SBH[0])
+        grads = [zeros_BH] * len(x_TBI) if grad_TBH is None else grad_TBH.contiguous().unbind()
+        grad_h_BH = zeros_BH if grad_h_BH is None else grad_h_BH.contiguous()
+        grad_c_BH = zeros_BH if grad_c_BH is None else grad_c_BH.clone(memory_format=torch.contiguous_format)
+        times_weight_hh = right_factor(weight_hh_GH, num_streams)
+        backward = fused_gates().backward
+        gates, cell = gates_TBG.unbind(), cell_SBH.unbind()
+        for t in reversed(range(len(x_TBI))):
+            backward(gates[t], cell[t], cell[t + 1], grads[t], grad_h_BH, grad_c_BH)
+            grad_h_BH = times_weight_hh(gates[t])
+        grad_NG = gates_TBG.view(-1, num_gates)
+        grad_GN = grad_NG.t().contiguous()
+        needs_x, _, _, needs_ih, needs_hh, needs_bias = ctx.needs_input_grad
+        return (
+            product(grad_NG, weight_ih_GI).view_as(x_TBI) if needs_x else None,
+            grad_h_BH,
+            grad_c_BH,
+            product(grad_GN, x_TBI.flatten(0, 1)) if needs_ih else None,
+            product(grad_GN, hidden_SBH[:-1].flatten(0, 1)) if needs_hh else None,
+            grad_NG.sum(dim=0) if needs_bias else None,
+        )
