@@ -61,7 +61,6 @@ Step = Callable[[Tensor, Tensor], None]
 
 def finish(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """Move the weights."""
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
     optimizer.step()
@@ -81,6 +80,7 @@ def ulimi_step(shape: Shape, with_c: bool) -> Step:
         nonlocal state
         os.environ["ULIMI_NATIVE"] = str(int(with_c))
         cpu.fused_gates.cache_clear()
+        optimizer.zero_grad(set_to_none=True)
         out = model.features(inputs_BT, state, rng)
         nats = training_loss(
             out.dropped.flatten(0, 1), model.lm_head.weight, model.lm_head.bias, targets_BT.flatten(),
@@ -107,6 +107,7 @@ def fastai_step(shape: Shape) -> Step:
     criterion = CrossEntropyLossFlat()
 
     def step(inputs_BT: Tensor, targets_BT: Tensor) -> None:
+        optimizer.zero_grad()
         logits, raw, dropped = model(inputs_BT)
         loss = criterion(logits, targets_BT)
         # As fastai.callback.rnn.RNNRegularizer.
@@ -135,6 +136,7 @@ def plain_step(shape: Shape) -> Step:
     states = [None, None]
 
     def step(inputs_BT: Tensor, targets_BT: Tensor) -> None:
+        optimizer.zero_grad()
         x, first = model.middle(model.embedding(inputs_BT), states[0])
         x, second = model.last(x, states[1])
         finish(model, optimizer, F.cross_entropy(model.decoder(x).flatten(0, 1), targets_BT.flatten()))
@@ -205,8 +207,9 @@ def measure(shape: Shape, contenders: list[str], rounds: int) -> dict[str, dict[
 
 def peak_memory(shape: Shape, name: str) -> float:
     """MB of this process at its peak above what it holds once the model is made."""
+    small = Shape(16, 16, 16, 2)
+    MAKE[name](small)(*draw(small, torch.Generator()))  # loads code, which is no memory of the step's
     step = MAKE[name](shape)
-    cpu.fused_gates()
     with Path("/proc/self/clear_refs").open("w") as file:
         file.write("5")
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -235,25 +235,39 @@ def lstm(
     weight_hh_GH: Tensor,
     bias_ih_G: Tensor,
     bias_hh_G: Tensor,
+    mask_GH: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Do what a batch-first `nn.LSTM` of one layer does, in float32 on a CPU; gradients reach every argument."""
+    """Do what a batch-first `nn.LSTM` of one layer does, in float32 on a CPU; gradients reach all that it reads.
+
+    Args:
+        x_BTI: inputs, (B, T, I).
+        state: (h, c), each (1, B, H), or None for zeros.
+        weight_ih_GI: as the other weights, in the form that `nn.LSTM` gives them.
+        weight_hh_GH: the recurrent matrix, undropped.
+        bias_ih_G: (4H,).
+        bias_hh_G: (4H,).
+        mask_GH: DropConnect on `weight_hh_GH`: zeros, and one other number. It gets no gradient.
+
+    Returns:
+        (B, T, H), the memory of which has time first; and the last state.
+    """
     if state is None:
         h_BH = c_BH = x_BTI.new_zeros(x_BTI.size(0), weight_hh_GH.size(1))
     else:
         h_BH, c_BH = state[0][0], state[1][0]
     out_TBH, h_BH, c_BH = _LSTM.apply(  # type: ignore[no-untyped-call]
-        x_BTI.transpose(0, 1), h_BH, c_BH, weight_ih_GI, weight_hh_GH, bias_ih_G + bias_hh_G
+        x_BTI.transpose(0, 1), h_BH, c_BH, weight_ih_GI, weight_hh_GH, bias_ih_G + bias_hh_G, mask_GH
     )
     return out_TBH.transpose(0, 1), (h_BH[None], c_BH[None])
 
 
 def _recur(
-    x_TBI: Tensor, hidden_SBH: Tensor, cell_SBH: Tensor, weight_ih_GI: Tensor, weight_hh_GH: Tensor, bias_G: Tensor
+    x_TBI: Tensor, hidden_SBH: Tensor, cell_SBH: Tensor, weight_ih_GI: Tensor, dropped_GH: Tensor, bias_G: Tensor
 ) -> Tensor:
     """Fill the outputs and cells of all steps behind those before the first; give the gates (T, B, G)."""
     num_steps, num_streams, _ = x_TBI.shape
     gates_TBG = product(x_TBI.flatten(0, 1), weight_ih_GI.t(), bias_G).view(num_steps, num_streams, -1)
-    times_weight_hh = right_factor(weight_hh_GH.t(), num_streams)
+    times_weight_hh = right_factor(dropped_GH.t(), num_streams)
     forward = fused_gates().forward
     hidden, cell = hidden_SBH.unbind(), cell_SBH.unbind()
     for t, gates_BG in enumerate(gates_TBG.unbind()):
@@ -262,46 +276,68 @@ def _recur(
 
 
 class _LSTM(torch.autograd.Function):
+    """Memory: the gates of all steps, which become their own gradients, outputs, cells, and a byte for each mask's."""
+
     @staticmethod
     def forward(
-        ctx: Any, x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weight_ih_GI: Tensor, weight_hh_GH: Tensor, bias_G: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weight_ih_GI: Tensor, weight_hh_GH: Tensor, bias_G: Tensor,
+        mask_GH: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         x_TBI = x_TBI.contiguous()
-        hidden_SBH, cell_SBH = (torch.empty(len(x_TBI) + 1, *s.shape) for s in (h_BH, c_BH))  # S = T + 1
+        hidden_SBH, cell_SBH = (x_TBI.new_empty(len(x_TBI) + 1, *s.shape) for s in (h_BH, c_BH))  # S = T + 1
         hidden_SBH[0], cell_SBH[0] = h_BH, c_BH
-        ctx.gates_TBG = _recur(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G)
-        ctx.save_for_backward(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G)
+        dropped_GH = weight_hh_GH if mask_GH is None else weight_hh_GH * mask_GH
+        ctx.gates_TBG = _recur(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, dropped_GH, bias_G)
+        kept_GH, ctx.scale = (None, 1.0) if mask_GH is None else (mask_GH != 0, mask_GH.amax())
+        ctx.save_for_backward(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G, kept_GH)
         ctx.set_materialize_grads(False)
-        # The last state is a copy: it stays for the next window, and all of this one with it otherwise.
+        # The last state is a copy: it stays for the next window, and would keep all of this one.
         return hidden_SBH[1:], hidden_SBH[-1].clone(), cell_SBH[-1].clone()
 
     @staticmethod
     def backward(
         ctx: Any, grad_TBH: Tensor | None, grad_h_BH: Tensor | None, grad_c_BH: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G = ctx.saved_tensors
+        x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G, kept_GH = ctx.saved_tensors
+        dropped_GH = weight_hh_GH if kept_GH is None else (weight_hh_GH * kept_GH).mul_(ctx.scale)
         gates_TBG, ctx.gates_TBG = ctx.gates_TBG, None
         if gates_TBG is None:  # a second pass backward; the first has written over them
-            gates_TBG = _recur(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G)
+            gates_TBG = _recur(x_TBI, hidden_SBH.clone(), cell_SBH.clone(), weight_ih_GI, dropped_GH, bias_G)
         num_streams, num_gates = gates_TBG.shape[1:]
         zeros_BH = torch.zeros_like(cell_SBH[0])
         grads = [zeros_BH] * len(x_TBI) if grad_TBH is None else grad_TBH.contiguous().unbind()
         grad_h_BH = zeros_BH if grad_h_BH is None else grad_h_BH.contiguous()
         grad_c_BH = zeros_BH if grad_c_BH is None else grad_c_BH.clone(memory_format=torch.contiguous_format)
-        times_weight_hh = right_factor(weight_hh_GH, num_streams)
+        times_weight_hh = right_factor(dropped_GH, num_streams)
+        del dropped_GH
         backward = fused_gates().backward
         gates, cell = gates_TBG.unbind(), cell_SBH.unbind()
         for t in reversed(range(len(x_TBI))):
             backward(gates[t], cell[t], cell[t + 1], grads[t], grad_h_BH, grad_c_BH)
             grad_h_BH = times_weight_hh(gates[t])
+        del times_weight_hh
+
         grad_NG = gates_TBG.view(-1, num_gates)
-        grad_GN = grad_NG.t().contiguous()
-        needs_x, _, _, needs_ih, needs_hh, needs_bias = ctx.needs_input_grad
+        needs_x, _, _, needs_ih, needs_hh, needs_bias, _ = ctx.needs_input_grad
+        grad_ih_GI = torch.empty_like(weight_ih_GI) if needs_ih else None
+        grad_hh_GH = torch.empty_like(weight_hh_GH) if needs_hh else None
+        # A gate at a time: its gradient has to be transposed, and all of them are large.
+        hidden_size = num_gates // 4
+        for start in range(0, num_gates, hidden_size):
+            rows = slice(start, start + hidden_size)
+            grad_HN = grad_NG[:, rows].t().contiguous()
+            if grad_ih_GI is not None:
+                grad_ih_GI[rows] = product(grad_HN, x_TBI.flatten(0, 1))
+            if grad_hh_GH is not None:
+                grad_hh_GH[rows] = product(grad_HN, hidden_SBH[:-1].flatten(0, 1))
+                if kept_GH is not None:
+                    grad_hh_GH[rows] *= kept_GH[rows] * ctx.scale
         return (
             product(grad_NG, weight_ih_GI).view_as(x_TBI) if needs_x else None,
             grad_h_BH,
             grad_c_BH,
-            product(grad_GN, x_TBI.flatten(0, 1)) if needs_ih else None,
-            product(grad_GN, hidden_SBH[:-1].flatten(0, 1)) if needs_hh else None,
+            grad_ih_GI,
+            grad_hh_GH,
             grad_NG.sum(dim=0) if needs_bias else None,
+            None,
         )

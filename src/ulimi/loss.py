@@ -19,7 +19,7 @@ from ulimi.cpu import product, right_factor
 from ulimi.data import IGNORED
 from ulimi.distribution import EPSILON, ITERATIONS
 
-LOGITS_AT_ONCE = (2**26, 2**22)
+LOGITS_AT_ONCE = (2**26, 2**21)
 """of a cross entropy: on a GPU, where large products are the fast ones, and on a CPU, where a cache is what is fast"""
 
 ROWS_AT_ONCE = 64

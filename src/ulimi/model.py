@@ -139,9 +139,11 @@ class WeightDropLSTM(nn.Module):
         if not self.training or self.weight_dropout == 0.0:
             out: tuple[Tensor, LayerState] = self.lstm(x_BTI, state)
             return out
-        dropped_hh = weight_hh * dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
+        mask_hh = dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
         if weight_hh.device.type == "cpu" and weight_hh.dtype == x_BTI.dtype == torch.float32:
-            return lstm(x_BTI, state, self.lstm.weight_ih_l0, dropped_hh, self.lstm.bias_ih_l0, self.lstm.bias_hh_l0)  # type: ignore[arg-type]
+            weight_ih, _, bias_ih, bias_hh = self.lstm.all_weights[0]
+            return lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)
+        dropped_hh = weight_hh * mask_hh
         with warnings.catch_warnings():
             # The dropped matrix stands outside cuDNN's flat buffer, and cuDNN says so at each call.
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")

@@ -289,6 +289,7 @@ class Trainer:
         for inputs, targets in windows:
             inputs_BT = torch.from_numpy(inputs).to(self.device)
             targets_BT = torch.from_numpy(targets).to(self.device)
+            self.optimizer.zero_grad(set_to_none=True)  # before the pass forward, which needs the memory
             out = self.model.features(inputs_BT, self.state, self.rng)
             token_loss = training_loss(
                 out.dropped.flatten(0, 1), self.model.lm_head.weight, self.model.lm_head.bias, targets_BT.flatten(),
@@ -296,7 +297,6 @@ class Trainer:
             )  # fmt: skip
             ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
 
-            self.optimizer.zero_grad(set_to_none=True)
             (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm)
             lr = learning_rate(
