@@ -79,7 +79,7 @@ def ulimi_step(shape: Shape, with_c: bool) -> Step:
     def step(inputs_BT: Tensor, targets_BT: Tensor) -> None:
         nonlocal state
         os.environ["ULIMI_NATIVE"] = str(int(with_c))
-        cpu.fused_gates.cache_clear()
+        cpu.kernels.cache_clear()
         optimizer.zero_grad(set_to_none=True)
         out = model.features(inputs_BT, state, rng)
         nats = training_loss(

@@ -38,6 +38,7 @@ ROWS_WORTH_A_THREAD = 8
 def product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """Give a b (+ bias), by the faster library; both may be transposed views."""
     if _has_onednn() and _is_plain(a_MK) and _is_plain(b_KN):
+        a_MK = a_MK if a_MK.is_contiguous() else transpose(a_MK.t())
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), bias_N, "none", [], "")
         return out
     return torch.mm(a_MK, b_KN) if bias_N is None else torch.addmm(bias_N, a_MK, b_KN)
@@ -47,9 +48,17 @@ def right_factor(b_KN: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
     """Give the map a -> a b, for many products of `rows` rows with one matrix, which oneDNN packs."""
     if not (_has_onednn() and _is_plain(b_KN)):
         return functools.partial(torch.mm, mat2=b_KN)
-    packed = torch.ops.mkldnn._reorder_linear_weight(b_KN.t(), rows)
+    b_NK = transpose(b_KN) if b_KN.is_contiguous() else b_KN.t()
+    packed = torch.ops.mkldnn._reorder_linear_weight(b_NK, rows)
     multiply = torch.ops.mkldnn._linear_pointwise.default
     return lambda a_MK: multiply(a_MK, packed, None, "none", [], "")
+
+
+def transpose(x_MN: Tensor) -> Tensor:
+    """Give the contiguous transpose of a matrix: PyTorch's copy takes up to ten times as long."""
+    if _is_plain(x_MN) and x_MN.stride(1) == 1:
+        return kernels().transpose(x_MN)
+    return x_MN.t().contiguous()
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -69,11 +78,11 @@ def _has_onednn() -> bool:
     return all(torch.allclose(x, torch.mm(a, b) + 1, atol=1e-6) for x in both)
 
 
-# Gates
+# Kernels
 
 
-class Gates(Protocol):
-    """The two passes over one time step's gates. All matrices are contiguous."""
+class Kernels(Protocol):
+    """What stands between the products. Matrices are contiguous, but for what is transposed."""
 
     def forward(
         self, gates_BG: Tensor, recurrent_BG: Tensor, before_BH: Tensor, cell_BH: Tensor, out_BH: Tensor
@@ -91,14 +100,17 @@ class Gates(Protocol):
     ) -> None:
         """Take the gradient of the output, in two parts, and of the cell; put those of the gates and the last cell."""
 
+    def transpose(self, x_MN: Tensor) -> Tensor:
+        """Give the contiguous transpose of a matrix whose rows are contiguous."""
 
-class TorchGates:
+
+class TorchKernels:
     """By PyTorch's operators."""
 
     def forward(
         self, gates_BG: Tensor, recurrent_BG: Tensor, before_BH: Tensor, cell_BH: Tensor, out_BH: Tensor
     ) -> None:
-        """See `Gates`."""
+        """See `Kernels`."""
         i, f, g, o = gates_BG.add_(recurrent_BG).chunk(4, dim=1)
         for gate in (i, f, o):
             gate.sigmoid_()
@@ -115,7 +127,7 @@ class TorchGates:
         grad_b_BH: Tensor,
         grad_cell_BH: Tensor,
     ) -> None:
-        """See `Gates`."""
+        """See `Kernels`."""
         i, f, g, o = gates_BG.chunk(4, dim=1)
         squashed, grad_out = cell_BH.tanh(), grad_a_BH + grad_b_BH
         grad = torch.addcmul(grad_cell_BH, grad_out * o, 1 - squashed * squashed)
@@ -128,20 +140,25 @@ class TorchGates:
         )
         torch.cat(parts, dim=1, out=gates_BG)
 
+    def transpose(self, x_MN: Tensor) -> Tensor:
+        """See `Kernels`."""
+        return x_MN.t().contiguous()
 
-class NativeGates:
+
+class NativeKernels:
     """By the C file."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._forward, self._backward = library.ulimi_lstm_forward, library.ulimi_lstm_backward
-        for function, matrices in ((self._forward, 5), (self._backward, 6)):
+        self._transpose = library.ulimi_transpose
+        for function, numbers, matrices in ((self._forward, 3, 5), (self._backward, 3, 6), (self._transpose, 4, 2)):
             function.restype = None
-            function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * matrices
+            function.argtypes = [ctypes.c_int64] * numbers + [ctypes.c_void_p] * matrices
 
     def forward(
         self, gates_BG: Tensor, recurrent_BG: Tensor, before_BH: Tensor, cell_BH: Tensor, out_BH: Tensor
     ) -> None:
-        """See `Gates`."""
+        """See `Kernels`."""
         self._call(self._forward, before_BH, (gates_BG, recurrent_BG, before_BH, cell_BH, out_BH))
 
     def backward(
@@ -153,8 +170,14 @@ class NativeGates:
         grad_b_BH: Tensor,
         grad_cell_BH: Tensor,
     ) -> None:
-        """See `Gates`."""
+        """See `Kernels`."""
         self._call(self._backward, before_BH, (gates_BG, before_BH, cell_BH, grad_a_BH, grad_b_BH, grad_cell_BH))
+
+    def transpose(self, x_MN: Tensor) -> Tensor:
+        """See `Kernels`."""
+        out_NM = x_MN.new_empty(x_MN.size(1), x_MN.size(0))
+        self._transpose(*x_MN.shape, x_MN.stride(0), torch.get_num_threads(), x_MN.data_ptr(), out_NM.data_ptr())
+        return out_NM
 
     def _call(self, function: Any, like_BH: Tensor, matrices: tuple[Tensor, ...]) -> None:
         rows, hidden = like_BH.shape
@@ -163,14 +186,14 @@ class NativeGates:
 
 
 @functools.cache
-def fused_gates() -> Gates:
+def kernels() -> Kernels:
     """Give the C file's passes where they can be had, else PyTorch's."""
     library = None if os.environ.get("ULIMI_NATIVE") == "0" else _load_library()
     if library is not None:
-        native = NativeGates(library)
-        if _agree(native, TorchGates()):
+        native = NativeKernels(library)
+        if _agree(native, TorchKernels()):
             return native
-    return TorchGates()
+    return TorchKernels()
 
 
 def _load_library() -> ctypes.CDLL | None:
@@ -210,18 +233,19 @@ def _processor() -> str:
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(kinds)}))
 
 
-def _agree(one: Gates, other: Gates) -> bool:
+def _agree(one: Kernels, other: Kernels) -> bool:
     """Compare two implementations on numbers small and large."""
     rng = torch.Generator().manual_seed(0)
     results = []
-    draws = [torch.randn(3, 4 * 35 if k < 2 else 35, generator=rng) * 4 for k in range(5)]
-    for gates in (one, other):
+    draws = [torch.randn(18, 4 * 35 if k < 2 else 35, generator=rng) * 4 for k in range(5)]
+    for which in (one, other):
         gates_BG, recurrent_BG, before_BH, grad_BH, grad_cell_BH = [x.clone() for x in draws]
         cell_BH, out_BH = torch.empty_like(before_BH), torch.empty_like(before_BH)
-        gates.forward(gates_BG, recurrent_BG, before_BH, cell_BH, out_BH)
+        which.forward(gates_BG, recurrent_BG, before_BH, cell_BH, out_BH)
         after_BG = gates_BG.clone()
-        gates.backward(gates_BG, before_BH, cell_BH, grad_BH, before_BH, grad_cell_BH)
-        results.append(torch.cat([after_BG, cell_BH, out_BH, gates_BG, grad_cell_BH], dim=1))
+        which.backward(gates_BG, before_BH, cell_BH, grad_BH, before_BH, grad_cell_BH)
+        transposed = which.transpose(gates_BG[:, 35:70]).t()
+        results.append(torch.cat([after_BG, cell_BH, out_BH, gates_BG, grad_cell_BH, transposed], dim=1))
     return torch.allclose(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
@@ -268,7 +292,7 @@ def _recur(
     num_steps, num_streams, _ = x_TBI.shape
     gates_TBG = product(x_TBI.flatten(0, 1), weight_ih_GI.t(), bias_G).view(num_steps, num_streams, -1)
     times_weight_hh = right_factor(dropped_GH.t(), num_streams)
-    forward = fused_gates().forward
+    forward = kernels().forward
     hidden, cell = hidden_SBH.unbind(), cell_SBH.unbind()
     for t, gates_BG in enumerate(gates_TBG.unbind()):
         forward(gates_BG, times_weight_hh(hidden[t]), cell[t], cell[t + 1], hidden[t + 1])
@@ -310,7 +334,7 @@ class _LSTM(torch.autograd.Function):
         grad_c_BH = zeros_BH if grad_c_BH is None else grad_c_BH.clone(memory_format=torch.contiguous_format)
         times_weight_hh = right_factor(dropped_GH, num_streams)
         del dropped_GH
-        backward = fused_gates().backward
+        backward = kernels().backward
         gates, cell = gates_TBG.unbind(), cell_SBH.unbind()
         for t in reversed(range(len(x_TBI))):
             backward(gates[t], cell[t], cell[t + 1], grads[t], grad_h_BH, grad_c_BH)
@@ -325,7 +349,7 @@ class _LSTM(torch.autograd.Function):
         hidden_size = num_gates // 4
         for start in range(0, num_gates, hidden_size):
             rows = slice(start, start + hidden_size)
-            grad_HN = grad_NG[:, rows].t().contiguous()
+            grad_HN = transpose(grad_NG[:, rows])
             if grad_ih_GI is not None:
                 grad_ih_GI[rows] = product(grad_HN, x_TBI.flatten(0, 1))
             if grad_hh_GH is not None:
