@@ -286,17 +286,24 @@ def lstm(
 
 
 def _recur(
-    x_TBI: Tensor, hidden_SBH: Tensor, cell_SBH: Tensor, weight_ih_GI: Tensor, dropped_GH: Tensor, bias_G: Tensor
+    x_TBI: Tensor,
+    hidden_SBH: Tensor,
+    cell_SBH: Tensor,
+    weight_ih_GI: Tensor,
+    times_weight_hh: Callable[[Tensor], Tensor],
+    bias_G: Tensor,
 ) -> Tensor:
     """Fill the outputs and cells of all steps behind those before the first; give the gates (T, B, G)."""
-    num_steps, num_streams, _ = x_TBI.shape
-    gates_TBG = product(x_TBI.flatten(0, 1), weight_ih_GI.t(), bias_G).view(num_steps, num_streams, -1)
-    times_weight_hh = right_factor(dropped_GH.t(), num_streams)
+    gates_TBG = product(x_TBI.flatten(0, 1), weight_ih_GI.t(), bias_G).view(*x_TBI.shape[:2], -1)
     forward = kernels().forward
     hidden, cell = hidden_SBH.unbind(), cell_SBH.unbind()
     for t, gates_BG in enumerate(gates_TBG.unbind()):
         forward(gates_BG, times_weight_hh(hidden[t]), cell[t], cell[t + 1], hidden[t + 1])
     return gates_TBG
+
+
+def _drop(weight_GH: Tensor, kept_GH: Tensor | None, scale: Tensor | None) -> Tensor:
+    return weight_GH if kept_GH is None or scale is None else (weight_GH * kept_GH).mul_(scale)
 
 
 class _LSTM(torch.autograd.Function):
@@ -310,9 +317,9 @@ class _LSTM(torch.autograd.Function):
         x_TBI = x_TBI.contiguous()
         hidden_SBH, cell_SBH = (x_TBI.new_empty(len(x_TBI) + 1, *s.shape) for s in (h_BH, c_BH))  # S = T + 1
         hidden_SBH[0], cell_SBH[0] = h_BH, c_BH
-        dropped_GH = weight_hh_GH if mask_GH is None else weight_hh_GH * mask_GH
-        ctx.gates_TBG = _recur(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, dropped_GH, bias_G)
-        kept_GH, ctx.scale = (None, 1.0) if mask_GH is None else (mask_GH != 0, mask_GH.amax())
+        kept_GH, ctx.scale = (None, None) if mask_GH is None else (mask_GH != 0, mask_GH.amax())
+        times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale).t(), len(h_BH))
+        ctx.gates_TBG = _recur(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, times_weight_hh, bias_G)
         ctx.save_for_backward(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G, kept_GH)
         ctx.set_materialize_grads(False)
         # The last state is a copy: it stays for the next window, and would keep all of this one.
@@ -323,17 +330,15 @@ class _LSTM(torch.autograd.Function):
         ctx: Any, grad_TBH: Tensor | None, grad_h_BH: Tensor | None, grad_c_BH: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G, kept_GH = ctx.saved_tensors
-        dropped_GH = weight_hh_GH if kept_GH is None else (weight_hh_GH * kept_GH).mul_(ctx.scale)
         gates_TBG, ctx.gates_TBG = ctx.gates_TBG, None
         if gates_TBG is None:  # a second pass backward; the first has written over them
-            gates_TBG = _recur(x_TBI, hidden_SBH.clone(), cell_SBH.clone(), weight_ih_GI, dropped_GH, bias_G)
-        num_streams, num_gates = gates_TBG.shape[1:]
+            times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale).t(), x_TBI.size(1))
+            gates_TBG = _recur(x_TBI, hidden_SBH.clone(), cell_SBH.clone(), weight_ih_GI, times_weight_hh, bias_G)
         zeros_BH = torch.zeros_like(cell_SBH[0])
         grads = [zeros_BH] * len(x_TBI) if grad_TBH is None else grad_TBH.contiguous().unbind()
         grad_h_BH = zeros_BH if grad_h_BH is None else grad_h_BH.contiguous()
         grad_c_BH = zeros_BH if grad_c_BH is None else grad_c_BH.clone(memory_format=torch.contiguous_format)
-        times_weight_hh = right_factor(dropped_GH, num_streams)
-        del dropped_GH
+        times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale), x_TBI.size(1))
         backward = kernels().backward
         gates, cell = gates_TBG.unbind(), cell_SBH.unbind()
         for t in reversed(range(len(x_TBI))):
@@ -341,20 +346,19 @@ class _LSTM(torch.autograd.Function):
             grad_h_BH = times_weight_hh(gates[t])
         del times_weight_hh
 
-        grad_NG = gates_TBG.view(-1, num_gates)
+        grad_NG = gates_TBG.flatten(0, 1)
         needs_x, _, _, needs_ih, needs_hh, needs_bias, _ = ctx.needs_input_grad
         grad_ih_GI = torch.empty_like(weight_ih_GI) if needs_ih else None
         grad_hh_GH = torch.empty_like(weight_hh_GH) if needs_hh else None
         # A gate at a time: its gradient has to be transposed, and all of them are large.
-        hidden_size = num_gates // 4
-        for start in range(0, num_gates, hidden_size):
-            rows = slice(start, start + hidden_size)
+        for gate in range(4):
+            rows = slice(gate * weight_hh_GH.size(1), (gate + 1) * weight_hh_GH.size(1))
             grad_HN = transpose(grad_NG[:, rows])
             if grad_ih_GI is not None:
                 grad_ih_GI[rows] = product(grad_HN, x_TBI.flatten(0, 1))
             if grad_hh_GH is not None:
                 grad_hh_GH[rows] = product(grad_HN, hidden_SBH[:-1].flatten(0, 1))
-                if kept_GH is not None:
+                if kept_GH is not None and ctx.scale is not None:
                     grad_hh_GH[rows] *= kept_GH[rows] * ctx.scale
         return (
             product(grad_NG, weight_ih_GI).view_as(x_TBI) if needs_x else None,

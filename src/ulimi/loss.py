@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ulimi.cpu import product, right_factor
+from ulimi.cpu import product
 from ulimi.data import IGNORED
 from ulimi.distribution import EPSILON, ITERATIONS
 
@@ -110,7 +110,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
         needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
         num_rows = max(1, LOGITS_AT_ONCE[hidden_NE.device.type == "cpu"] // weight_VE.size(0))
-        decode, back = right_factor(weight_VE.t(), num_rows), right_factor(weight_VE, num_rows)
         grad_hidden_NE = torch.empty_like(hidden_NE) if needs_hidden else None
         grad_weight_VE = torch.zeros_like(weight_VE) if needs_weight else None
         grad_bias_V = torch.zeros_like(bias_V) if needs_bias else None
@@ -118,13 +117,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_N), num_rows):
             rows = slice(start, start + num_rows)
             hidden_ME, targets_M1 = hidden_NE[rows], targets_N[rows, None]
-            logits_MV = decode(hidden_ME).add_(bias_V)
+            logits_MV = product(hidden_ME, weight_VE.t(), bias_V)
             top_M1, of_target_M1 = logits_MV.amax(dim=1, keepdim=True), logits_MV.gather(1, targets_M1)
             probs_MV = torch.softmax(logits_MV, dim=1, out=logits_MV)
             nats_N[rows] = (top_M1 - probs_MV.amax(dim=1, keepdim=True).log() - of_target_M1)[:, 0]
             grad_MV = probs_MV.scatter_add_(1, targets_M1, torch.full_like(top_M1, -1))
             if grad_hidden_NE is not None:
-                grad_hidden_NE[rows] = back(grad_MV)
+                grad_hidden_NE[rows] = product(grad_MV, weight_VE)
             if grad_weight_VE is not None:
                 grad_weight_VE += product(grad_MV.t(), hidden_ME)
             if grad_bias_V is not None:
