@@ -337,7 +337,8 @@ class _LSTM(torch.autograd.Function):
         zeros_BH = torch.zeros_like(cell_SBH[0])
         grads = [zeros_BH] * len(x_TBI) if grad_TBH is None else grad_TBH.contiguous().unbind()
         grad_h_BH = zeros_BH if grad_h_BH is None else grad_h_BH.contiguous()
-        grad_c_BH = zeros_BH if grad_c_BH is None else grad_c_BH.clone(memory_format=torch.contiguous_format)
+        # What is changed in place must be nobody else's.
+        grad_c_BH = (zeros_BH if grad_c_BH is None else grad_c_BH).clone(memory_format=torch.contiguous_format)
         times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale), x_TBI.size(1))
         backward = kernels().backward
         gates, cell = gates_TBG.unbind(), cell_SBH.unbind()
