@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -149,6 +150,7 @@ class NativeKernels:
     """By the C file."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        self._may_split = _has_one_openmp()
         self._forward, self._backward = library.ulimi_lstm_forward, library.ulimi_lstm_backward
         self._transpose = library.ulimi_transpose
         for function, numbers, matrices in ((self._forward, 3, 5), (self._backward, 3, 6), (self._transpose, 4, 2)):
@@ -176,13 +178,25 @@ class NativeKernels:
     def transpose(self, x_MN: Tensor) -> Tensor:
         """See `Kernels`."""
         out_NM = x_MN.new_empty(x_MN.size(1), x_MN.size(0))
-        self._transpose(*x_MN.shape, x_MN.stride(0), torch.get_num_threads(), x_MN.data_ptr(), out_NM.data_ptr())
+        threads = self._threads(x_MN.size(1))
+        self._transpose(*x_MN.shape, x_MN.stride(0), threads, x_MN.data_ptr(), out_NM.data_ptr())
         return out_NM
 
     def _call(self, function: Any, like_BH: Tensor, matrices: tuple[Tensor, ...]) -> None:
         rows, hidden = like_BH.shape
-        threads = min(torch.get_num_threads(), max(1, rows // ROWS_WORTH_A_THREAD))
-        function(rows, hidden, threads, *[matrix.data_ptr() for matrix in matrices])
+        function(rows, hidden, self._threads(rows), *[matrix.data_ptr() for matrix in matrices])
+
+    def _threads(self, rows: int) -> int:
+        return min(torch.get_num_threads(), max(1, rows // ROWS_WORTH_A_THREAD)) if self._may_split else 1
+
+
+def _has_one_openmp() -> bool:
+    """Tell whether the C file shares PyTorch's threads; of two OpenMP libraries, each one's spin in the other's way."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return False
+    return len({found[0] for line in lines if (found := re.search(r"/[^ ]*/lib[gi]?omp[^/]*$", line))}) == 1
 
 
 @functools.cache
