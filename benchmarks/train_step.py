@@ -3,7 +3,7 @@
     python benchmarks/train_step.py --threads 1 --out step.json
 
 Whole steps (forward, loss, AR and TAR, backward, clip, SGD) on windows of 70 random ids, state carried, in one process
-that goes round the contenders, medians. The limit is the best product of the layers' size, (B * 70, H) x (H, 4H), that
+that goes round the contenders, medians. The limit is the best product of the layers' size, (1000, H) x (H, 4H), that
 any of PyTorch's libraries makes on this machine; a step's share of it counts 6 operations a parameter and token. Peak
 memory is that of a process that does three steps, above what it held with the model made.
 
@@ -169,7 +169,7 @@ def draw(shape: Shape, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def best_product(shape: Shape) -> Callable[[], float]:
     """Make a measurement: GFLOP/s of the layers' product, by whichever library is faster."""
-    rows, h = shape.batch * T, shape.hidden
+    rows, h = min(shape.batch * T, 1000), shape.hidden  # above 32 MB, getting the memory takes a third of the time
     a, b = torch.randn(rows, h), torch.randn(4 * h, h).t()
     packed = cpu.right_factor(b, rows)
     ways = (lambda: torch.mm(a, b), lambda: packed(a))
