@@ -16,20 +16,21 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch.func import functional_call
 
+from ulimi import cuda
 from ulimi.corpus import open_corpus
 from ulimi.data import Windows
-from ulimi.model import WeightDropLSTM
 from ulimi.recipe import load_recipe
 from ulimi.train import Silent, Trainer
 
 
-def plain_layer(self, x_BTI, state, dropped_hh):
-    """What `WeightDropLSTM` does elsewhere."""
+def plain_layer(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh):
+    """What `nn.LSTM` does with a dropped matrix."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return functional_call(self.lstm, {"weight_hh_l0": dropped_hh}, (x_BTI, state))
+        weights = [weight_ih, weight_hh * mask_hh, bias_ih, bias_hh]
+        y_BTH, h, c = torch.lstm(x_BTI, state, weights, True, 1, 0.0, True, False, True)
+    return y_BTH, (h, c)
 
 
 def measure(trainer: Trainer, num_steps: int) -> dict[str, float]:
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    on_cudnn = WeightDropLSTM._on_cudnn
+    on_cudnn = cuda.lstm
     rows = []
     for batch_size in args.batch_sizes.split(","):
         for name, precision in [
@@ -96,7 +97,7 @@ def main() -> None:
             *(("graphs", p) for p in ("fp32", "tf32", "bf16", "fp16")),
         ]:
             torch.cuda.reset_peak_memory_stats()
-            WeightDropLSTM._on_cudnn = plain_layer if name == "plain" else on_cudnn
+            cuda.lstm = plain_layer if name == "plain" else on_cudnn
             recipe = load_recipe(args.recipe, [f"data.batch_size={batch_size}", *args.set])
             with tempfile.TemporaryDirectory() as scratch:
                 parts = open_corpus(args.corpus, Path(scratch) / "parts")

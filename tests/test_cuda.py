@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import TINY
 from ulimi.adapt import without_dropout
 from ulimi.corpus import open_corpus
-from ulimi.cuda import GraphedStep, lstm_layer, product_precision
+from ulimi.cuda import GraphedStep, lstm, product_precision
 from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM
 from ulimi.recipe import load_recipe
@@ -61,7 +61,8 @@ def plain(layer, x, h, c):
 
 
 def ours(layer, x, h, c):
-    return lstm_layer(x, h, c, *layer.all_weights[0])
+    y, (h_n, c_n) = lstm(x, (h, c), *layer.all_weights[0])
+    return y, h_n, c_n
 
 
 @gpu

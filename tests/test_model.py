@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 import reference
 from ulimi.model import AWDLSTM, detach_state, dropout_mask, embedding_dropout, locked_dropout
@@ -372,27 +371,6 @@ def test_no_warning_reaches_the_user(dtype):
         for mode in (True, False, True):
             out = model.train(mode)(make_tokens(), rng=generator())
         out.logits.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("text", "heard"),
-    [
-        ("RNN module weights are not part of single contiguous chunk of memory. This means they need to be …", 0),
-        ("something else", 1),
-    ],
-)
-def test_of_cudnns_warnings_only_the_one_about_its_buffer_is_silenced(monkeypatch, text, heard):
-    def call_that_warns(*args):
-        warnings.warn(text, UserWarning, stacklevel=2)
-        return functional_call(*args)
-
-    monkeypatch.setattr("ulimi.model.functional_call", call_that_warns)
-    model = make_model(num_layers=1, weight_dropout=0.5)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model(make_tokens(), rng=generator())
-        warnings.warn(text, UserWarning, stacklevel=1)
-    assert len(caught) == heard + 1, "the filter must end with the call"
 
 
 def test_nn_lstm_drops_nothing_by_itself():

@@ -35,8 +35,8 @@ LAYERS = [
     {"writer", "keystrokes"},
     {"study"},
     {"report"},
-    {"recipe", "cuda", "loss", "plot"},
-    {"model"},
+    {"recipe", "cpu", "cuda", "plot"},
+    {"model", "loss"},
     {"optim", "adapt", "export"},
     {"train", "release"},
     {"cli"},
@@ -44,7 +44,20 @@ LAYERS = [
 ]
 """a module may import those of the layers above its own"""
 
-TRAINING_FLOOR = {"recipe", "cuda", "model", "loss", "report", "optim", "train", "adapt", "plot", "export", "release"}
+TRAINING_FLOOR = {
+    "recipe",
+    "cpu",
+    "cuda",
+    "model",
+    "loss",
+    "report",
+    "optim",
+    "train",
+    "adapt",
+    "plot",
+    "export",
+    "release",
+}
 LIGHT_FLOOR = set().union(*LAYERS) - TRAINING_FLOOR
 HEAVY = {"torch", "safetensors", "tomli_w", "matplotlib", "tensorboard", "onnx"}
 

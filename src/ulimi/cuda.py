@@ -2,7 +2,7 @@
 
 What a small recurrent network costs on a large GPU is not arithmetic. A window of 70 steps through three layers is some
 thousand kernels of a few microseconds, which Python cannot launch as fast as they run: hence the graphs. cuDNN wants
-the weights of a layer in one block, which a dropped matrix is never part of: hence `lstm_layer`, which writes the block
+the weights of a layer in one block, which a dropped matrix is never part of: hence `lstm`, which writes the block
 itself, in the type that the products are computed in and at a size that the matrix units like.
 
 Legend: B streams, T time steps, I input, H hidden. It knows torch and its own arguments.
@@ -27,30 +27,39 @@ Step = Callable[[Tensor, Tensor, list[tuple[Tensor, Tensor]]], tuple[Tensor, lis
 """(inputs (B, T), targets (B, T), state) -> (loss, new state); leaves gradients in the parameters"""
 
 
-def lstm_layer(
-    x_BTI: Tensor, h_1BH: Tensor, c_1BH: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one LSTM layer on cuDNN with weights that lie anywhere.
+def lstm(
+    x_BTI: Tensor,
+    state: tuple[Tensor, Tensor] | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    mask_hh: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Do what a batch-first `nn.LSTM` of one layer does, on cuDNN, with weights that lie anywhere.
 
     Inside `torch.autocast` the products are computed in its type; state, outputs and gradients stay float32. Sizes are
     padded to multiples of 8 inside, which the matrix units want; padded units are zero for ever.
 
     Args:
-        x_BTI: input, (B, T, I).
-        h_1BH: first hidden state, (1, B, H).
-        c_1BH: first cell state, (1, B, H).
-        w_ih: (4H, I), gates in PyTorch's order i, f, g, o; as the others.
-        w_hh: (4H, H).
-        b_ih: (4H,).
-        b_hh: (4H,).
+        x_BTI: inputs, (B, T, I).
+        state: (h, c), each (1, B, H), or None for zeros.
+        weight_ih: (4H, I), gates in PyTorch's order i, f, g, o; as the others.
+        weight_hh: (4H, H), undropped.
+        bias_ih: (4H,).
+        bias_hh: (4H,).
+        mask_hh: DropConnect on `weight_hh`.
 
     Returns:
-        Outputs (B, T, H), and the last states.
+        (B, T, H), and the last state.
     """
+    zeros = x_BTI.new_zeros(1, x_BTI.size(0), weight_hh.size(1))
+    h, c = (zeros, zeros) if state is None else state
+    dropped_hh = weight_hh if mask_hh is None else weight_hh * mask_hh
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_BTI.dtype
     with torch.autocast("cuda", enabled=False):
-        out: tuple[Tensor, Tensor, Tensor] = _Layer.apply(x_BTI, h_1BH, c_1BH, w_ih, w_hh, b_ih, b_hh, dtype)  # type: ignore[no-untyped-call]
-    return out
+        y_BTH, h, c = _Layer.apply(x_BTI, h, c, weight_ih, dropped_hh, bias_ih, bias_hh, dtype)  # type: ignore[no-untyped-call]
+    return y_BTH, (h, c)
 
 
 class _Layer(torch.autograd.Function):

@@ -15,8 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ulimi.cpu import product
 from ulimi.data import IGNORED
 from ulimi.distribution import EPSILON, ITERATIONS
+
+LOGITS_AT_ONCE = 2**21
+"""of a cross entropy: so many stay in a cache"""
 
 ROWS_AT_ONCE = 64
 """their logits stay in the cache from one pass of Newton's method to the next"""
@@ -35,10 +39,16 @@ def training_loss(
         kind: "cross_entropy" (nats) or "entmax".
         alpha: of entmax, above 1, at most 2.
     """
-    logits_NV = F.linear(hidden_NE, weight_VE, bias_V)
-    if kind == "cross_entropy":
-        return F.cross_entropy(logits_NV, targets_N)
-    loss: Tensor = _EntmaxLoss.apply(logits_NV, targets_N, alpha)  # type: ignore[no-untyped-call]
+    loss: Tensor
+    half = torch.is_autocast_enabled(hidden_NE.device.type)
+    if kind == "cross_entropy" and (half or hidden_NE.is_cuda):
+        # On a GPU memory is no concern and each further kernel is; in half precision the softmax is another type's.
+        loss = F.cross_entropy(F.linear(hidden_NE, weight_VE, bias_V), targets_N)
+    elif kind == "cross_entropy":
+        loss = _LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, targets_N)  # type: ignore[no-untyped-call]
+    else:
+        logits_NV = F.linear(hidden_NE, weight_VE, bias_V)
+        loss = _EntmaxLoss.apply(logits_NV, targets_N, alpha)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -92,6 +102,44 @@ def _power(x: Tensor, power: float) -> Tensor:
     if power == 0:
         return (x > 0).to(x.dtype)
     return x if power == 1 else x.pow(power)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of softmax(hidden weight' + bias), a few rows at once: all logits are never in memory.
+
+    The gradient of the logits, softmax - target, is there as soon as they are, so it is taken on the way forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        num_rows = max(1, LOGITS_AT_ONCE // weight_VE.size(0))
+        grad_hidden_NE = torch.empty_like(hidden_NE) if needs_hidden else None
+        grad_weight_VE = torch.zeros_like(weight_VE) if needs_weight else None
+        grad_bias_V = torch.zeros_like(bias_V) if needs_bias else None
+        nats_N = hidden_NE.new_empty(len(targets_N))
+        for start in range(0, len(targets_N), num_rows):
+            rows = slice(start, start + num_rows)
+            hidden_ME, targets_M1 = hidden_NE[rows], targets_N[rows, None]
+            logits_MV = product(hidden_ME, weight_VE.t(), bias_V)
+            top_M1, of_target_M1 = logits_MV.amax(dim=1, keepdim=True), logits_MV.gather(1, targets_M1)
+            probs_MV = torch.softmax(logits_MV, dim=1, out=logits_MV)
+            nats_N[rows] = (top_M1 - probs_MV.amax(dim=1, keepdim=True).log() - of_target_M1)[:, 0]
+            grad_MV = probs_MV.scatter_add_(1, targets_M1, torch.full_like(top_M1, -1))
+            if grad_hidden_NE is not None:
+                grad_hidden_NE[rows] = product(grad_MV, weight_VE)
+            if grad_weight_VE is not None:
+                grad_weight_VE += product(grad_MV.t(), hidden_ME)
+            if grad_bias_V is not None:
+                grad_bias_V += grad_MV.sum(dim=0)
+        ctx.save_for_backward(grad_hidden_NE, grad_weight_VE, grad_bias_V)
+        ctx.num_rows = len(targets_N)
+        return nats_N.mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad_output / ctx.num_rows
+        return *[None if grad is None else grad * scale for grad in ctx.saved_tensors], None
 
 
 class _EntmaxLoss(torch.autograd.Function):

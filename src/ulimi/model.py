@@ -14,7 +14,6 @@ random state when it is given a generator.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ulimi.cuda import lstm_layer
+from ulimi import cpu, cuda
 
 LayerState = tuple[Tensor, Tensor]
 """(h, c) of one layer, each (1, B, H)."""
@@ -138,24 +137,17 @@ class WeightDropLSTM(nn.Module):
         if not self.training:
             out: tuple[Tensor, LayerState] = self.lstm(x_BTI, state)
             return out
-        weight_hh: Tensor = self.lstm.weight_hh_l0  # type: ignore[assignment]
-        dropped_hh = weight_hh
+        weight_ih, weight_hh, bias_ih, bias_hh = self.lstm.all_weights[0]
+        mask_hh = None
         if self.weight_dropout > 0.0:
-            dropped_hh = weight_hh * dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
+            mask_hh = dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
         if x_BTI.is_cuda:
-            return self._on_cudnn(x_BTI, state, dropped_hh)
-        with warnings.catch_warnings():
-            # The dropped matrix stands outside cuDNN's flat buffer, and cuDNN says so at each call.
-            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
-            out = functional_call(self.lstm, {"weight_hh_l0": dropped_hh}, (x_BTI, state))
+            return cuda.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)
+        if weight_hh.dtype == x_BTI.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            return cpu.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)
+        dropped_hh = weight_hh if mask_hh is None else weight_hh * mask_hh
+        out = functional_call(self.lstm, {"weight_hh_l0": dropped_hh}, (x_BTI, state))
         return out
-
-    def _on_cudnn(self, x_BTI: Tensor, state: LayerState | None, dropped_hh: Tensor) -> tuple[Tensor, LayerState]:
-        zeros = x_BTI.new_zeros(1, x_BTI.size(0), self.lstm.hidden_size)
-        h, c = (zeros, zeros) if state is None else state
-        _, _, b_ih, b_hh = self.lstm.all_weights[0]
-        y_BTH, h, c = lstm_layer(x_BTI, h, c, self.lstm.weight_ih_l0, dropped_hh, b_ih, b_hh)  # type: ignore[arg-type]
-        return y_BTH, (h, c)
 
 
 class _Backbone(nn.Module):
