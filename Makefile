@@ -1,7 +1,8 @@
 # Two commands on a fresh machine that has Python (3.11 or newer), make and a compiler:
 #   make demo   trains a small isiZulu model on samples/, scores it and lets it write
 #   make test   passes the tests
-# and one that trains the shipped model again, in hours, from its corpora (scripts/isizulu-card.md names them):
+# and one that trains the shipped model again from its corpora (scripts/isizulu-card.md names them), in minutes on a GPU,
+# in most of a day without:
 #   make isizulu-model CORPORA=/path/to/corpora
 # Each makes its own environment in .venv first; the second time there is nothing to do.
 

@@ -1,6 +1,6 @@
 """How long is an epoch on a GPU? The training step with and without graphs, in each precision, on a corpus's own text.
 
-    python benchmarks/gpu_step.py CORPUS [--recipe ptb] [--batch-sizes 20,80] [--steps 60] [--json FILE]
+    python benchmarks/gpu_step.py CORPUS [--recipe ptb] [--batch-sizes 20,80] [--steps 60] [--out FILE]
 
 `plain` is the same code without what ulimi.cuda brings: nn.LSTM given its dropped matrix, whose weights cuDNN compacts
 at each call, launched kernel by kernel. Times are medians over windows, each waited for; an epoch is its number of
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     on_cudnn = cuda.lstm
     rows = []
@@ -119,12 +119,11 @@ def main() -> None:
             print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     result = {
         "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
+        "versions": {"torch": torch.__version__, "cuDNN": str(torch.backends.cudnn.version())},
         "rows": rows,
     }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,11 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def machine(result: Result) -> str:
     """Name what a file was measured on."""
-    cpu, packages = result["machine"]["cpu"], result["versions"]
-    names = ", ".join(f"{name} {number}" for name, number in packages.items())
-    return f"{cpu}, one core of {result['machine']['cores']}; {names}."
+    names = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    if "gpu" in result:
+        return f"{result['gpu']}; {names}."
+    cores = ("one core", "two cores")[result.get("threads", 1) - 1]
+    return f"{result['machine']['cpu']}, {cores} of {result['machine']['cores']}; {names}."
 
 
 def generation(result: Result) -> str:
@@ -77,7 +79,46 @@ def install(result: Result) -> str:
     return f"{markdown(['', 'MB'], sizes)}\n\n{markdown(['', 'ms'], times)}"
 
 
-TABLES: dict[str, Callable[[Result], str]] = {"generation": generation, "scoring": scoring, "install": install}
+def train_step(result: Result) -> str:
+    """Tokens a second, share of the best product and memory of a step, by size and batch."""
+    cells = {(row["contender"], row["shape"]): row for row in result["rows"]}
+    shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
+    contenders = list(dict.fromkeys(row["contender"] for row in result["rows"]))
+    shown: dict[str, Callable[[dict[str, Any]], str]] = {
+        "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+        "of the limit": lambda row: f"{row['share_of_limit']:.0%}",
+        "peak MB": lambda row: f"{row['peak_mb']:,.0f}",
+    }
+    rows = [
+        [f"{name}, {what}", *(show(cells[name, shape]) for shape in shapes)]
+        for what, show in shown.items()
+        for name in contenders
+    ]
+    limits = ", ".join(f"{shape} {cells[contenders[0], shape]['limit_gflops']:.0f}" for shape in shapes)
+    return f"{markdown(['', *shapes], rows)}\n\nThe limit, GFLOP/s: {limits}."
+
+
+def gpu_step(result: Result) -> str:
+    """Milliseconds a window and seconds an epoch, by batch."""
+    cells = {(row["code"], row["precision"], row["batch_size"]): row for row in result["rows"]}
+    batches = list(dict.fromkeys(row["batch_size"] for row in result["rows"]))
+    ways = list(dict.fromkeys((row["code"], row["precision"]) for row in result["rows"]))
+    head = [f"B {batch}, {unit}" for batch in batches for unit in ("ms a window", "s an epoch")]
+    rows = [
+        [f"{code}, {precision}"]
+        + [f"{cells[code, precision, batch][key]:.1f}" for batch in batches for key in ("ms_a_window", "epoch_seconds")]
+        for code, precision in ways
+    ]
+    return markdown(["", *head], rows)
+
+
+TABLES: dict[str, Callable[[Result], str]] = {
+    "generation": generation,
+    "scoring": scoring,
+    "install": install,
+    "train_step": train_step,
+    "gpu_step": gpu_step,
+}
 
 
 def read(name: str) -> Result:

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -249,7 +251,15 @@ def main() -> None:
         print(f"{'':8} limit: {row['limit_gflops']:.0f} GFLOP/s")
     if args.out:
         machine = describe_device(torch.device("cpu"))
-        args.out.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n", encoding="utf-8")
+        machine["system"] = platform.system()  # the kernel's name may be that of somebody's cluster
+        rows = [
+            {"shape": name, "contender": contender, **row}
+            for name, found in results.items()
+            for contender, row in found.items()
+        ]
+        packages = {name: version(name) for name in ("torch", "fastai")}
+        result = {"machine": machine, "versions": packages, "threads": args.threads, "rows": rows}
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
