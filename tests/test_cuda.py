@@ -20,14 +20,19 @@ from ulimi.train import Interrupted, Trainer, choose_precision, train
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def test_what_a_device_cannot_compute_in_is_refused():
+def test_what_a_device_cannot_compute_in_is_refused(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose_precision("auto", cpu) == "fp32"
     assert choose_precision("auto", cuda) == choose_precision("bf16", cuda) == choose_precision("bf16", cpu) == "bf16"
     with pytest.raises(UlimiError, match=r"--precision tf32: allowed on cpu: auto, fp32, bf16$"):
         choose_precision("tf32", cpu)
     with pytest.raises(UlimiError, match=r"--precision double: allowed on cuda: auto, fp32, tf32, bf16, fp16$"):
         choose_precision("double", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose_precision("auto", cuda) == "fp32"
+    with pytest.raises(UlimiError, match=r"--precision bf16: allowed on cuda: auto, fp32$"):
+        choose_precision("bf16", cuda)
 
 
 def layer_and_input(input_size, hidden_size, batch_size, length):
@@ -164,6 +169,14 @@ def test_graphs_take_the_steps_that_are_taken_without(corpus, tmp_path, override
         curves.append([row["valid_nll"] for row in open_run(tmp_path / f"run{graphs}").metrics()])
     np.testing.assert_allclose(curves[0], curves[1], rtol=2e-3)
     assert curves[0][-1] < curves[0][0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_graphs_on_a_gpu_that_is_not_the_current_one(corpus, tmp_path):
+    recipe = load_recipe(None, [*TINY, "optim.max_epochs=4", "data.bptt=12"])
+    train(corpus, tmp_path / "run", recipe, device="cuda:1")
+    first, *_, last = open_run(tmp_path / "run").metrics()
+    assert last["valid_nll"] < first["valid_nll"]
 
 
 @gpu

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-"""what training may compute products in; weights, state, gradients and all else stay float32"""
+"""what training may compute products in; weights and gradients stay float32, on a GPU activations and state, too"""
 
 LSTM_MODE = 2
 """cuDNN's number for an LSTM, as PyTorch passes it on"""
@@ -53,8 +53,10 @@ def lstm(
     Returns:
         (B, T, H), and the last state.
     """
-    zeros = x_BTI.new_zeros(1, x_BTI.size(0), weight_hh.size(1))
-    h, c = (zeros, zeros) if state is None else state
+    if state is None:
+        h = c = x_BTI.new_zeros(1, x_BTI.size(0), weight_hh.size(1))
+    else:
+        h, c = state
     dropped_hh = weight_hh if mask_hh is None else weight_hh * mask_hh
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_BTI.dtype
     with torch.autocast("cuda", enabled=False):
@@ -220,6 +222,12 @@ class GraphedStep:
         self, inputs_BT: Tensor, targets_BT: Tensor, state: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Do the step for these windows, (B, T), on the device."""
+        with torch.cuda.device(inputs_BT.device):  # a graph records a stream of the current one alone
+            return self._do(inputs_BT, targets_BT, state)
+
+    def _do(
+        self, inputs_BT: Tensor, targets_BT: Tensor, state: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         shape = tuple(inputs_BT.shape)
         if shape not in self._seen:
             # Libraries set themselves up, which no graph may record.

@@ -657,9 +657,12 @@ def choose_precision(name: str, device: torch.device) -> str:
     Raises:
         UlimiError: it cannot, or there is no such precision.
     """
-    allowed = PRECISIONS if device.type == "cuda" else ("fp32", "bf16")
+    allowed: tuple[str, ...] = ("fp32", "bf16")
+    if device.type == "cuda":
+        # Before Ampere a GPU has neither TF32 nor bf16, which the loss of fp16 needs, too.
+        allowed = PRECISIONS if torch.cuda.get_device_capability(device) >= (8, 0) else ("fp32",)
     if name == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
+        return "bf16" if device.type == "cuda" and "bf16" in allowed else "fp32"
     if name not in allowed:
         raise UlimiError(f"--precision {name}: allowed on {device.type}: auto, {', '.join(allowed)}")
     return name
