@@ -106,6 +106,17 @@ def test_near_one_the_loss_is_the_cross_entropy():
     assert of_logits(logits_NV, targets_N, "entmax", 1.0001).item() == pytest.approx(nats.item(), abs=1e-3)
 
 
+def test_in_half_precision_the_entmax_loss_keeps_its_digits():
+    rng = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(200, 64, generator=rng), torch.randn(500, 64, generator=rng) / 2
+    targets, bias = torch.randint(500, (200,), generator=rng), torch.zeros(500)
+    exact = training_loss(hidden, weight, bias, targets, "entmax", 1.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = training_loss(hidden, weight, bias, targets, "entmax", 1.5)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(exact.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
 def test_target_nats_count_every_target_but_the_ignored(alpha):
     logits_NV, targets_N = random_logits(ROWS_AT_ONCE + 3, 9)

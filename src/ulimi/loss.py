@@ -48,6 +48,8 @@ def training_loss(
         loss = _LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, targets_N)  # type: ignore[no-untyped-call]
     else:
         logits_NV = F.linear(hidden_NE, weight_VE, bias_V)
+        if half:
+            logits_NV = logits_NV.float()  # a threshold wants more digits
         loss = _EntmaxLoss.apply(logits_NV, targets_N, alpha)  # type: ignore[no-untyped-call]
     return loss
 
