@@ -400,14 +400,14 @@ def test_two_processes_may_compile_at_once(tmp_path, has_compiler, right_numbers
 )
 def test_a_broken_compiler_is_silently_done_without(tmp_path, right_numbers, script):
     path = fake_compiler(tmp_path, script)
-    assert report(start(tmp_path / "cache", PATH=path)) == ["TorchKernels", *right_numbers]
+    assert report(start(tmp_path / "cache", PATH=path, CC=None)) == ["TorchKernels", *right_numbers]
 
 
 def test_a_compiler_that_miscompiles_is_found_out(tmp_path, has_compiler, right_numbers):
     wrong = tmp_path / "wrong.c"
     wrong.write_text(cpu.SOURCE.read_text().replace("forget * before[j] +", "forget * before[j] -"))
     path = fake_compiler(tmp_path, f'PATH="{os.environ["PATH"]}"; exec cc $(echo "$@" | sed "s|[^ ]*cpu.c|{wrong}|")')
-    assert report(start(tmp_path / "cache", PATH=path)) == ["TorchKernels", *right_numbers]
+    assert report(start(tmp_path / "cache", PATH=path, CC=None)) == ["TorchKernels", *right_numbers]
     assert list((tmp_path / "cache").iterdir())  # it did compile
 
 
@@ -417,6 +417,7 @@ def test_no_compiler_and_no_cache_are_silently_done_without(tmp_path, right_numb
     assert report(start(tmp_path / "cache", PATH=str(empty), CC=None)) == ["TorchKernels", *right_numbers]
     (tmp_path / "file").write_text("where the cache's folder should be")
     assert report(start(tmp_path / "file")) == ["TorchKernels", *right_numbers]
+    assert report(start(tmp_path / "cache", CC="'cc")) == ["TorchKernels", *right_numbers]
 
 
 def test_the_source_is_in_the_package():

@@ -212,19 +212,19 @@ def kernels() -> Kernels:
 
 def _load_library() -> ctypes.CDLL | None:
     """Load the compiled C file from the user's cache, where it is put first if need be."""
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    if shutil.which(compiler[0]) is None or os.name != "posix":
+    if os.name != "posix":
         return None
-    name = hashlib.sha256(repr((SOURCE.read_text(), compiler, COMPILE, FURTHER, _processor())).encode()).hexdigest()[
-        :32
-    ]
-    path = default_cache_dir() / f"{name}.so"
     try:
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+        if shutil.which(compiler[0]) is None:
+            return None
+        what = repr((SOURCE.read_text(), compiler, COMPILE, FURTHER, _processor()))
+        path = default_cache_dir() / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.so"
         if not path.exists():
             with atomic_path(path) as unfinished:
                 _compile(compiler, unfinished)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):  # also no home, and quotes in CC left open
         return None
 
 
