@@ -158,11 +158,3 @@ def test_the_files_name_no_place():
     report = load("report")
     for name in report.TABLES:
         assert "/" not in (report.RESULTS / f"{name}.json").read_text(encoding="utf-8"), name
-
-
-def test_the_training_tables_are_made_of_their_files():
-    report = load("report")
-    page = report.PAGE.read_text(encoding="utf-8")
-    for name in ("train_step", "gpu_step"):
-        assert report.TABLES[name](report.read(name)) in page
-    assert report.filled(page) == page
