@@ -34,7 +34,7 @@ def plain_layer(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh):
 
 
 def measure(trainer: Trainer, num_steps: int) -> dict[str, float]:
-    """Time whole steps; windows of random length, as in training, after two passes over the same lengths."""
+    """Time whole steps on windows of one length, after five that set up and record."""
     trainer.model.train()
     windows = Windows(trainer.streams_BS, bptt=trainer.recipe.data.bptt, variable_length=False, rng=trainer.window_rng)
     seconds, tokens = [], 0
