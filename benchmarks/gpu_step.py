@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it needs an NVIDIA GPU")
     on_cudnn = cuda.lstm
     rows = []
     for batch_size in args.batch_sizes.split(","):

@@ -285,6 +285,15 @@ def test_half_precision_trains_on_a_cpu(tmp_path, corpus):
     assert open_run(tmp_path / "half").meta["machine"]["precision"] == "bf16"
 
 
+def test_a_resumed_run_goes_on_in_its_precision(tmp_path, corpus):
+    train(corpus, tmp_path / "whole", tiny(), precision="bf16")
+    steps = itertools.count()
+    with pytest.raises(Interrupted):
+        train(corpus, tmp_path / "run", tiny(), precision="bf16", should_stop=lambda: next(steps) == 5)
+    train(corpus, tmp_path / "run", tiny(), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 @pytest.mark.parametrize("failing", ["safetensors.torch.save_file", "ulimi.train.plot_curve", "ulimi.train.json.dumps"])
 def test_a_write_that_fails_leaves_the_last_good_checkpoint(tmp_path, corpus, monkeypatch, failing):
     whole = tmp_path / "whole"

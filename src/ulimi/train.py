@@ -139,7 +139,7 @@ def train(
         new_tokenizer: with `init_from`: train a tokenizer on this corpus; known pieces keep their vectors.
         resume: go on from the folder's checkpoint.
         device: "cpu", "cuda", or "auto".
-        precision: of products, see `ulimi.cuda.PRECISIONS`; "auto" is fp32 on a CPU.
+        precision: of products, see `ulimi.cuda.PRECISIONS`; "auto": a resumed run's own, fp32 on a CPU, bf16 on a GPU.
         checkpoint_minutes: time between two checkpoints inside an epoch.
         tensorboard: also write TensorBoard events, to run_dir/tensorboard.
         reporter: who is told.
@@ -253,6 +253,8 @@ class Trainer:
         self.meta = old.meta if old is not None else self._new_meta(corpus, init_from)
         if old is not None:
             self._load_checkpoint()
+            if precision == "auto":
+                self.precision = choose_precision(old.meta.get("machine", {}).get("precision", "auto"), self.device)
             write_text(run_dir / "recipe.toml", recipe.to_toml())
             if not self._finished():
                 # A finished run that goes on is no longer what its scores say.
