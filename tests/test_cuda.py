@@ -15,7 +15,7 @@ from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM
 from ulimi.recipe import load_recipe
 from ulimi.run import open_run
-from ulimi.train import Interrupted, Trainer, choose_precision, train
+from ulimi.train import Interrupted, Silent, Trainer, choose_precision, train
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -141,17 +141,11 @@ def corpus(tmp_path):
 def trainer(corpus, run_dir, *overrides, precision="fp32", graphs=True):
     made = Trainer(
         corpus, run_dir, load_recipe(None, [*TINY, *overrides]), init_from=None, new_tokenizer=False, resume=False,
-        device="cuda", precision=precision, reporter=_Silent(), cache_dir=None,
+        device="cuda", precision=precision, reporter=Silent(), cache_dir=None,
     )  # fmt: skip
     if not graphs:
         made.take_gradients = made.gradients
     return made
-
-
-class _Silent:
-    def note(self, text): ...
-    def step(self, *args): ...
-    def epoch(self, row): ...
 
 
 @gpu
