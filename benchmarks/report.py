@@ -117,6 +117,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "scoring": scoring,
     "install": install,
     "train_step": train_step,
+    "train_step_2": train_step,
     "gpu_step": gpu_step,
 }
 
