@@ -154,8 +154,14 @@ def _weight_buffer(
     views[1].view(4, hidden_size, hidden_size)[:, :H, :H] = w_hh.view(4, H, H)
     for view, bias in zip(views[2:], (b_ih, b_hh), strict=True):
         view.view(4, hidden_size)[:, :H] = bias.view(4, H)
-    shapes = [(4 * hidden_size, input_size), (4 * hidden_size, hidden_size), (4 * hidden_size,), (4 * hidden_size,)]
+    shapes = _shapes(input_size, hidden_size)
     return buffer, [view.view(shape) for view, shape in zip(views, shapes, strict=True)]
+
+
+def _shapes(input_size: int, hidden_size: int) -> list[tuple[int, ...]]:
+    """Of a layer's four parts: both matrices, both biases."""
+    gates = 4 * hidden_size
+    return [(gates, input_size), (gates, hidden_size), (gates,), (gates,)]
 
 
 @lru_cache
@@ -163,8 +169,7 @@ def _layout(
     input_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, list[tuple[int, int]]]:
     """Ask cuDNN for the size of a layer's block, and where each part lies in it: (start, size)."""
-    shapes = [(4 * hidden_size, input_size), (4 * hidden_size, hidden_size), (4 * hidden_size,), (4 * hidden_size,)]
-    parts = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    parts = [torch.zeros(shape, dtype=dtype, device=device) for shape in _shapes(input_size, hidden_size)]
     buffer = torch.ops.aten._cudnn_rnn_flatten_weight(
         parts, 4, input_size, LSTM_MODE, hidden_size, 0, 1, False, False
     )  # moves the parts into the block

@@ -165,7 +165,7 @@ def fix_scales(quantized: onnx.ModelProto) -> onnx.ModelProto:
     weights = {weight.name: weight for weight in quantized.graph.initializer}
 
     def put(name: str, values: NDArray[Any]) -> None:
-        weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        _put(weights[name], values)
 
     def pad_gates(name: str) -> None:
         """Two columns of 0 for each gate, and rows of 0 for the new inputs; int8 is symmetric, its 0 is 0."""
@@ -213,6 +213,10 @@ def max_difference(model: AWDLSTM, engine: OnnxEngine) -> float:
     return largest
 
 
+def _put(weight: onnx.TensorProto, values: NDArray[Any]) -> None:
+    weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), weight.name))
+
+
 def _share_embedding(quantized: onnx.ModelProto) -> None:
     """Let a tied network look its ids up in the decoder's matrix, (E + 2, V), so that the file holds it once.
 
@@ -224,8 +228,8 @@ def _share_embedding(quantized: onnx.ModelProto) -> None:
     table, bias = (numpy_helper.to_array(weights[name]).copy() for name in ("decoder_quantized", "bias"))
     table[-2:] = [[127], [-127]]  # int8 is symmetric here: the largest weight is one of these
     bias -= 2 * 127 * numpy_helper.to_array(weights["decoder_scale"])
-    weights["decoder_quantized"].CopyFrom(numpy_helper.from_array(table, "decoder_quantized"))
-    weights["bias"].CopyFrom(numpy_helper.from_array(bias, "bias"))
+    _put(weights["decoder_quantized"], table)
+    _put(weights["bias"], bias)
     for name in ("embedding_quantized", "embedding_scale", "embedding_zero_point"):
         graph.initializer.remove(weights[name])
     look_up, to_float = graph.node[:2]

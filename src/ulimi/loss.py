@@ -41,16 +41,16 @@ def training_loss(
     """
     loss: Tensor
     half = torch.is_autocast_enabled(hidden_NE.device.type)
-    if kind == "cross_entropy" and (half or hidden_NE.is_cuda):
-        # On a GPU memory is no concern and each further kernel is; in half precision the softmax is another type's.
-        loss = F.cross_entropy(F.linear(hidden_NE, weight_VE, bias_V), targets_N)
-    elif kind == "cross_entropy":
+    # On a GPU memory is no concern and each further kernel is; in half precision the softmax is another type's.
+    if kind == "cross_entropy" and not (half or hidden_NE.is_cuda):
         loss = _LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, targets_N)  # type: ignore[no-untyped-call]
-    else:
-        logits_NV = F.linear(hidden_NE, weight_VE, bias_V)
-        if half:
-            logits_NV = logits_NV.float()  # a threshold wants more digits
-        loss = _EntmaxLoss.apply(logits_NV, targets_N, alpha)  # type: ignore[no-untyped-call]
+        return loss
+    logits_NV = F.linear(hidden_NE, weight_VE, bias_V)
+    if kind == "cross_entropy":
+        return F.cross_entropy(logits_NV, targets_N)
+    if half:
+        logits_NV = logits_NV.float()  # a threshold wants more digits
+    loss = _EntmaxLoss.apply(logits_NV, targets_N, alpha)  # type: ignore[no-untyped-call]
     return loss
 
 
