@@ -30,7 +30,7 @@ LAYERS = [
     {"data", "distribution", "ngram"},
     {"engine", "provenance"},
     {"sampling", "words", "score", "info", "progress"},
-    {"generate", "spelling", "baseline", "judge"},
+    {"generate", "spelling", "baseline", "mixture", "judge"},
     {"beam", "suggest"},
     {"writer", "keystrokes"},
     {"study"},

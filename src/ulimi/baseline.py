@@ -14,7 +14,7 @@ from ulimi.errors import UlimiError
 from ulimi.files import write_json, write_text
 from ulimi.info import model_card
 from ulimi.ngram import MAX_ORDER, NgramEngine, count_ngrams, write_ngrams
-from ulimi.provenance import describe_machine, new_meta
+from ulimi.provenance import describe_corpus, describe_machine, new_meta
 from ulimi.run import NGRAM, NGRAMS, Run, open_run, refuse_file, refuse_foreign
 from ulimi.score import Score, score_stream
 from ulimi.tokenizer import Tokenizer
@@ -111,7 +111,8 @@ def make_ngram_run(
         )
 
     meta = {
-        **new_meta(corpus, train_text, valid_text, describe_machine()),
+        **new_meta(describe_machine()),
+        "data": describe_corpus(corpus, train_text, valid_text),
         "tokenizer_from": None if settings.run_dir is None else str(settings.run_dir.resolve()),
         "num_ngrams": engine.num_ngrams,  # by order
         "discounts": [d[1:] for d in engine.discounts],

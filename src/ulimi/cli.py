@@ -244,6 +244,38 @@ def ngram(
 
 
 @app.command()
+def mix(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders, or shipped models' names.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The run folder to make.")],
+    tune: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Find the weights by this text, which no model was trained on.")
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Or say them: once for each model, in their order, 1 in all.")
+    ] = None,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Average the probabilities of models that share a tokenizer: a network and an n-gram model, several networks."""
+    from ulimi.info import score_text
+    from ulimi.mixture import make_mixture_run
+    from ulimi.run import open_run
+
+    names = [str(path) for path in runs]
+    mixed = make_mixture_run(
+        [open_run(path) for path in runs], names, out, weights=weight, tune_on=tune, device=device, kind=engine
+    )
+    if mixed.together is not None:
+        table = [("model", "weight", "bits/char alone")] + [
+            (name, f"{share:.4f}", f"{score.bits_per_char:.4f}")
+            for name, share, score in zip(names, mixed.weights, mixed.alone, strict=True)
+        ]
+        _print_table(table)
+        typer.echo(f"together: {score_text(mixed.together.as_dict())}")
+    typer.echo(f"the model is in {out}; try: ulimi generate -m {out}")
+
+
+@app.command()
 def evaluate(
     files: Annotated[list[Path], typer.Argument(help="Text files, plain, .gz or .zst.")],
     model: ModelOption = DEFAULT_MODEL,
@@ -305,7 +337,7 @@ def evaluate(
         _evaluate_keystrokes(run, load_engine(run, device, kind=engine), files, suggestions or 3, max_lines, as_json)
         return
     if distribution:
-        scored = load_engine(run, device, kind=_engine_for_figures(run, engine))
+        scored = load_engine(run, device, kind=engine, exact=True)
         _evaluate_distribution(run, scored, files, epsilon, as_json)
         return
     scorer: Scorer
@@ -322,7 +354,7 @@ def evaluate(
             Dynamic(**dynamic_settings) if dynamic else None,
         )  # fmt: skip
     else:
-        scorer = _static_scorer(run, load_engine(run, device, kind=_engine_for_figures(run, engine)), stateless)
+        scorer = _static_scorer(run, load_engine(run, device, kind=engine, exact=True), stateless)
     _note_smoothed(run)
     rows: list[tuple[str, Score]] = []
     for path in files:
@@ -418,12 +450,6 @@ def _settings_of(switch: str, on: bool, **given: float | None) -> dict[str, Any]
     return known
 
 
-def _engine_for_figures(run: "Run", engine: str) -> str:
-    """A figure is that of the weights where they can be run: how their int8 copy rounds depends on the whole batch."""
-    can_run = not run.is_ngram and run.has_weights and find_spec("torch") is not None
-    return "torch" if engine == "auto" and can_run else engine
-
-
 def _static_scorer(run: "Run", engine: "Engine", stateless: bool) -> "Scorer":
     from ulimi.corpus import read_lines
     from ulimi.score import score_lines, score_stream
@@ -476,7 +502,7 @@ def score(
     from ulimi.score import score_lines
 
     run = open_run(model)
-    scorer = load_engine(run, device, kind=_engine_for_figures(run, engine))
+    scorer = load_engine(run, device, kind=engine, exact=True)
     _note_smoothed(run)
     num_unknown = 0
     # Who types lines wants each answer at once; a file is faster in batches.
@@ -548,7 +574,7 @@ def judge(
         scorer = hf_scorer(hf)
     elif model is not None:
         run = open_run(model)
-        scorer = run_scorer(load_engine(run, device, kind=_engine_for_figures(run, engine)), run.tokenizer)
+        scorer = run_scorer(load_engine(run, device, kind=engine, exact=True), run.tokenizer)
         if run.tokenizer.unk_id is not None:
             words = {word for pair in asked for word in f"{pair.good} {pair.bad}".split()}
             num_unknown = sum(run.tokenizer.unk_id in run.tokenizer.encode(word) for word in words)
@@ -927,12 +953,12 @@ def info(
 ) -> None:
     """Say what a run is: how it was trained, its scores, its curve."""
     from ulimi.info import summary
-    from ulimi.run import open_run
+    from ulimi.run import AWD_LSTM, open_run
 
     opened = open_run(run)
     if as_json:
         facts = {**opened.meta, "config": opened.config}
-        if not opened.is_ngram:
+        if opened.kind == AWD_LSTM:
             facts |= {"recipe": opened.recipe, "metrics": opened.metrics()}
         typer.echo(json.dumps(facts, ensure_ascii=False))
         return

@@ -2,7 +2,7 @@
 
 `Engine` is what the light floor knows of a network: generating and scoring need nothing else. `OnnxEngine` runs
 model.onnx on ONNX Runtime; `TorchEngine` runs the weights on PyTorch. Each is imported where an engine is made, not
-before. `ulimi.ngram.NgramEngine` is a model without a network.
+before. `ulimi.ngram.NgramEngine` is a model without a network, `MixtureEngine` several models that share a tokenizer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from ulimi.distribution import log_probs, smoothed_nats
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_path
 from ulimi.ngram import NgramEngine, read_ngrams
-from ulimi.run import NGRAMS, ONNX, WEIGHTS, Run
+from ulimi.run import MIXTURE, NGRAM, NGRAMS, ONNX, WEIGHTS, Run
 
 if TYPE_CHECKING:
     import torch
@@ -295,6 +295,98 @@ class OnnxEngine:
         return np.concatenate([result for result, _ in rows]), self.join_states([new_state for _, new_state in rows])
 
 
+class MixtureEngine:
+    """`Engine` of several models whose probabilities are averaged (linear interpolation, Jelinek & Mercer 1980).
+
+        p(w | context) = sum over members m of weight_m p_m(w | context)
+
+    Its logits are log-probabilities, its state is its members' states.
+
+    Args:
+        members: of one tokenizer, none of them sparse.
+        weights: of each, above 0; their sum is 1.
+
+    Raises:
+        UlimiError: a member is sparse, or the members have vocabularies of different sizes.
+    """
+
+    alpha = 1.0
+
+    def __init__(self, members: Sequence[Engine], weights: Sequence[float]) -> None:
+        sizes = [member.vocab_size for member in members]
+        if len(set(sizes)) > 1:
+            raise UlimiError(
+                f"models of one mixture need one vocabulary; these have {', '.join(map(str, sizes))} tokens"
+            )
+        if any(member.alpha != 1 for member in members):
+            raise UlimiError(
+                "a sparse model (entmax) cannot be mixed: its nats are smoothed, those of the others are not"
+            )
+        self.members = members
+        self.vocab_size = sizes[0]
+        self.batch_invariant = all(member.batch_invariant for member in members)
+        self._weights = weights
+
+    def initial_state(self, batch_size: int) -> EngineState:
+        """Each member's, for `batch_size` streams."""
+        return [member.initial_state(batch_size) for member in self.members]
+
+    def step(self, ids_B: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
+        """Read one id a stream, (B,); give the log-probabilities of the next, (B, V)."""
+        return self._mix([member.step(ids_B, own) for member, own in self._with(state)])
+
+    def prime(self, ids: Sequence[int], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
+        """Read several ids of one stream at once; give the log-probabilities after the last, (1, V)."""
+        return self._mix([member.prime(ids, own) for member, own in self._with(state)])
+
+    def nll(
+        self, inputs_BT: NDArray[np.int64], targets_BT: NDArray[np.int64], state: EngineState
+    ) -> tuple[NDArray[np.float32], EngineState]:
+        """Read a window; give the nats of each target, (B, T)."""
+        results = [member.nll(inputs_BT, targets_BT, own) for member, own in self._with(state)]
+        nats = mixed_nats(np.stack([nats_BT for nats_BT, _ in results]), np.array(self._weights))
+        return nats.astype(np.float32), [new for _, new in results]
+
+    def logits(self, inputs_BT: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
+        """Read a window; give the log-probabilities after each id, (B, T, V)."""
+        return self._mix([member.logits(inputs_BT, own) for member, own in self._with(state)])
+
+    def repeat_state(self, state: EngineState, n: int) -> EngineState:
+        """Turn the state of one stream into that of `n` equal ones."""
+        return [member.repeat_state(own, n) for member, own in self._with(state)]
+
+    def select_state(self, state: EngineState, rows: Sequence[int]) -> EngineState:
+        """Keep these rows of a batch, in this order."""
+        return [member.select_state(own, rows) for member, own in self._with(state)]
+
+    def join_states(self, states: Sequence[EngineState]) -> EngineState:
+        """Put the states of several streams or batches together as one batch, in this order."""
+        return [member.join_states(own) for member, own in zip(self.members, zip(*states, strict=True), strict=True)]
+
+    def output(self, state: EngineState) -> NDArray[np.float32]:
+        """Refuse: each member has layers of its own, or none."""
+        raise UlimiError("a mixture of models has no hidden layer to compare contexts by; this needs a network")
+
+    def _with(self, state: EngineState) -> Iterator[tuple[Engine, EngineState]]:
+        return zip(self.members, state, strict=True)
+
+    def _mix(
+        self, results: Sequence[tuple[NDArray[np.float32], EngineState]]
+    ) -> tuple[NDArray[np.float32], EngineState]:
+        # In float64, whose exponential is 0 only 745 nats below the best.
+        p = sum(weight * np.exp(log_probs(logits)) for weight, (logits, _) in zip(self._weights, results, strict=True))
+        with np.errstate(divide="ignore"):
+            return np.log(p).astype(np.float32), [new for _, new in results]
+
+
+def mixed_nats(nats: NDArray[Any], weights_M: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give the nats of tokens under a mixture, from those under each member, (M, …)."""
+    with np.errstate(divide="ignore"):
+        log_weights = np.log(weights_M).reshape(-1, *[1] * (nats.ndim - 1))
+    mixed: NDArray[np.float64] = -np.logaddexp.reduce(log_weights - nats, axis=0)
+    return mixed
+
+
 def _nats(logits_BTV: NDArray[np.float32], targets_BT: NDArray[np.int64], alpha: float) -> NDArray[np.float32]:
     """Nats of each target, (B, T), of logits that are overwritten; smoothed under a sparse model."""
     if alpha != 1:
@@ -411,14 +503,15 @@ def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
     return model.to(device).eval()
 
 
-def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine:
-    """Make an engine for a run: of a network, or, whatever runs elsewhere, of an n-gram model.
+def load_engine(run: Run, device: str = "auto", *, kind: str = "auto", exact: bool = False) -> Engine:
+    """Make an engine for a run: of a network, an n-gram model, or a mixture of such.
 
     Args:
         run: with weights.
         device: for PyTorch: auto, cpu, cuda or cuda:N; ONNX Runtime computes on the CPU.
         kind: "onnx": model.onnx, int8; "torch": the weights themselves; "auto": the first, where it is there, of these
             very weights, and no other device is asked for, else the second.
+        exact: "auto" takes the weights wherever they can be run: for figures, since int8 rounds.
 
     Raises:
         UlimiError: PyTorch is needed and not installed, there is no such device, the graph that was asked for is of
@@ -426,7 +519,9 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine
     """
     if kind not in ENGINES:
         raise UlimiError(f"--engine {kind}: allowed: {', '.join(ENGINES)}")
-    if run.is_ngram:
+    if run.kind == MIXTURE:
+        return load_mixture(run.members(), run.config["weights"], device, kind=kind, exact=exact)
+    if run.kind == NGRAM:
         if kind != "auto":
             run.need_network(f"--engine {kind}")
         if device not in ("auto", "cpu"):
@@ -442,6 +537,8 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine
     # A folder may hold the graph alone, without the weights that it was made of.
     alone = not run.has_weights
     has_torch = find_spec("torch") is not None
+    if exact and kind == "auto" and has_torch and not alone:
+        kind = "torch"
     if kind == "onnx" or (kind == "auto" and device in ("auto", "cpu") and path.is_file()):
         try:
             engine = OnnxEngine(path, run.alpha)
@@ -466,10 +563,27 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto") -> Engine
     return TorchEngine(load_model(run, choose_device(device)), run.alpha)
 
 
+def load_mixture(
+    runs: Sequence[Run], weights: Sequence[float], device: str = "auto", *, kind: str = "auto", exact: bool = False
+) -> MixtureEngine:
+    """Make the engine of a mixture; where and how networks run says nothing of the n-gram models among them.
+
+    Raises:
+        UlimiError: as of `load_engine`, and of `MixtureEngine`.
+    """
+    if all(run.kind == NGRAM for run in runs):
+        members = [load_engine(run, device, kind=kind) for run in runs]
+    else:
+        members = [
+            load_engine(run) if run.kind == NGRAM else load_engine(run, device, kind=kind, exact=exact) for run in runs
+        ]
+    return MixtureEngine(members, weights)
+
+
 def _check_tokenizer(run: Run, vocab_size: int, name: str) -> None:
     """Refuse a tokenizer of another model: its ids would be read without a word, and mean other text."""
     if (run.dir / "tokenizer.json").is_file() and run.tokenizer.vocab_size != vocab_size:
-        model = "n-gram model" if run.is_ngram else "network"
+        model = "n-gram model" if run.kind == NGRAM else "network"
         raise UlimiError(
             f"{run.dir}: tokenizer.json has {run.tokenizer.vocab_size} tokens, the {model} of {name} {vocab_size}; "
             "they do not belong together"

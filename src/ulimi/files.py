@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         unfinished.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_dir(out: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, which becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UlimiError: there is something of that name.
+    """
+    if out.exists():
+        raise UlimiError(f"--out {out}: is there already; remove it or give another")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        unfinished.replace(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ulimi.errors import UlimiError
-from ulimi.run import CARD, Run
+from ulimi.run import AWD_LSTM, CARD, MIXTURE, NGRAM, Run
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -21,27 +21,44 @@ def summary(run: Run) -> list[tuple[str, str]]:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    meta, config = run.meta, run.config
-    data = meta["data"]
+    meta = run.meta
     rows = [
         ("run", str(run.dir)),
         ("made by", f"ulimi {meta['ulimi']}" + (f" ({meta['commit']})" if meta.get("commit") else "")),
         ("created", meta["created"]),
         ("machine", f"{meta['machine']['cpu']}, {meta['machine']['device']}, threads: {meta['machine']['threads']}"),
-        ("model" if run.is_ngram else "network", _ngram_text(meta, config) if run.is_ngram else
-            f"AWD-LSTM, {meta['num_parameters'] / 1e6:.1f}M parameters: embedding {config['embedding_size']}, "
-            f"{config['num_layers']} layers of {config['hidden_size']}" + (", tied" if config["tie_weights"] else "")
-                    + (f", output {run.alpha:g}-entmax" if run.alpha != 1 else "")),
+        *_model_facts(run),
         ("tokenizer", f"{run.tokenizer.kind}, {run.tokenizer.vocab_size} tokens"),
-        ("trained on", _text(data["train"])),
-        ("validated on", _text(data["valid"])),
-    ]  # fmt: skip
-    rows += [] if run.is_ngram else _training_facts(run)
+    ]
+    if run.kind == MIXTURE:
+        rows += [("weights tuned on", _text(meta["tuned_on"]))] if meta["tuned_on"] else []
+    else:
+        rows += [("trained on", _text(meta["data"]["train"])), ("validated on", _text(meta["data"]["valid"]))]
+    if run.kind == AWD_LSTM:
+        rows += _training_facts(run)
     if (run.dir / CARD).is_file():
         rows.append(("licence, limits", str(run.dir / CARD)))
     for name, score in meta.get("scores", {}).items():
         rows.append((f"score, {name}", score_text(score)))
     return rows
+
+
+def _model_facts(run: Run) -> list[tuple[str, str]]:
+    meta, config = run.meta, run.config
+    if run.kind == NGRAM:
+        return [("model", _ngram_text(meta, config))]
+    if run.kind == MIXTURE:
+        return [
+            (f"member {number}, {weight:.4f}", f"{given}: {_model_facts(member)[0][1]}")
+            for number, (weight, given, member) in enumerate(
+                zip(config["weights"], meta["members"], run.members(), strict=True), start=1
+            )
+        ]
+    text = (
+        f"AWD-LSTM, {meta['num_parameters'] / 1e6:.1f}M parameters: embedding {config['embedding_size']}, "
+        f"{config['num_layers']} layers of {config['hidden_size']}" + (", tied" if config["tie_weights"] else "")
+    )
+    return [("network", text + (f", output {run.alpha:g}-entmax" if run.alpha != 1 else ""))]
 
 
 def _ngram_text(meta: dict[str, Any], config: dict[str, Any]) -> str:
@@ -93,9 +110,11 @@ def curve(values: list[float], width: int = 40) -> str:
 def model_card(run: Run) -> str:
     """Write the README.md of a run folder."""
     table = "\n".join(f"| {name} | {value} |" for name, value in summary(run))
-    if run.is_ngram:
+    pictured = recipe = ""
+    if run.kind == NGRAM:
         what, made_of = "An interpolated modified Kneser-Ney n-gram model (Chen & Goodman 1999) counted", "n-grams"
-        pictured = recipe = ""
+    elif run.kind == MIXTURE:
+        what, made_of = "Several models whose probabilities are averaged (Jelinek & Mercer 1980), mixed", "parts"
     else:
         what, made_of = "An AWD-LSTM language model (Merity, Keskar & Socher 2017) trained", "weights"
         pictured = "\n![validation and training loss](curve.png)\n"

@@ -17,27 +17,30 @@ from ulimi.data import EncodedText
 from ulimi.run import FORMAT
 
 
-def new_meta(
-    corpus: Corpus, train_text: EncodedText, valid_text: EncodedText, machine: dict[str, Any]
-) -> dict[str, Any]:
-    """Give the meta.json of a run that begins now, on `machine`, as `describe_machine` names it."""
-
-    def describe(path: Path, text: EncodedText) -> dict[str, Any]:
-        return {"path": str(path.resolve()), "num_tokens": len(text.ids), **asdict(text.stats)}
-
+def new_meta(machine: dict[str, Any]) -> dict[str, Any]:
+    """Give what meta.json says of any run that begins now, on `machine`, as `describe_machine` names it."""
     return {
         "format": FORMAT,
         "ulimi": ulimi.__version__,
         "commit": _commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine,
-        "data": {
-            "train": describe(corpus.train_path, train_text),
-            "valid": describe(corpus.valid_path, valid_text),
-            "report": corpus.report,
-        },
         "scores": {},
     }
+
+
+def describe_corpus(corpus: Corpus, train_text: EncodedText, valid_text: EncodedText) -> dict[str, Any]:
+    """Give the data of a run's meta.json."""
+    return {
+        "train": describe_text(corpus.train_path, train_text),
+        "valid": describe_text(corpus.valid_path, valid_text),
+        "report": corpus.report,
+    }
+
+
+def describe_text(path: Path, text: EncodedText) -> dict[str, Any]:
+    """Name a text, and count what is in it."""
+    return {"path": str(path.resolve()), "num_tokens": len(text.ids), **asdict(text.stats)}
 
 
 def describe_machine(threads: int = 1, device: str = "cpu") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from ulimi.engine import load_engine
 from ulimi.errors import UlimiError
 from ulimi.export import MAX_DIFFERENCE, MAX_INT8_COST
-from ulimi.files import write_json
+from ulimi.files import atomic_dir, write_json
 from ulimi.run import CARD, ONNX, Run
 
 MAX_BYTES = 12_000_000
@@ -47,22 +47,16 @@ def release(run: Run, out: Path, card_path: Path, *, max_bytes: int = MAX_BYTES)
             is there or would be too large, the card has gaps, or a file names a place on this machine.
     """
     run.need_weights("ulimi release")
-    if out.exists():
-        raise UlimiError(f"--out {out}: is there already; remove it or give another")
-    _check_graph(run)
-    try:
-        card = card_path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise UlimiError(f"--card {card_path}: cannot be read: {error}") from None
-    if not card.strip() or GAP in card:
-        gaps = [number for number, line in enumerate(card.splitlines(), start=1) if GAP in line]
-        where = f"gaps ({GAP}) in line {', '.join(map(str, gaps))}" if gaps else "nothing in it"
-        raise UlimiError(f"--card {card_path}: {where}; a card must be complete")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    with atomic_dir(out) as unfinished:
+        _check_graph(run)
+        try:
+            card = card_path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8
+            raise UlimiError(f"--card {card_path}: cannot be read: {error}") from None
+        if not card.strip() or GAP in card:
+            gaps = [number for number, line in enumerate(card.splitlines(), start=1) if GAP in line]
+            where = f"gaps ({GAP}) in line {', '.join(map(str, gaps))}" if gaps else "nothing in it"
+            raise UlimiError(f"--card {card_path}: {where}; a card must be complete")
         for name in COPIED:
             shutil.copyfile(run.dir / name, unfinished / name)
         write_json(unfinished / "meta.json", _meta(run))
@@ -75,9 +69,6 @@ def release(run: Run, out: Path, card_path: Path, *, max_bytes: int = MAX_BYTES)
             raise UlimiError(
                 f"{run.dir}: a release would have {num_bytes / 1e6:.1f} MB; allowed: {max_bytes / 1e6:.1f}"
             )
-        unfinished.replace(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return num_bytes
 
 

@@ -1,6 +1,6 @@
 """The run folder: the one thing that passes between commands.
 
-    config.json            the network's sizes and dropouts, or the n-gram model's order
+    config.json            the network's sizes and dropouts, the n-gram model's order, or the mixture's weights
     recipe.toml            every setting of the training
     tokenizer.json, tokenizer_config.json
     model.safetensors      best weights (averaged ones, once averaging has begun)
@@ -12,6 +12,7 @@
     corpus/                the splits, where one text file was given
 
 The run of an n-gram model has ngram.npz, its counts, in place of recipe.toml, the weights, and what training leaves.
+That of a mixture has members/1, members/2, …: a run folder each, with what the member needs in order to be used.
 
 A model that ships with the package lies in models/NAME and is opened by its name. It is what `ulimi.release` makes of a
 run: the graph without the weights, and MODEL_CARD.md.
@@ -39,7 +40,9 @@ NGRAMS = "ngram.npz"
 CARD = "MODEL_CARD.md"
 CHECKPOINT = Path("last") / "checkpoint.safetensors"
 
-AWD_LSTM, NGRAM = "awd_lstm", "ngram"
+MEMBERS = Path("members")
+
+AWD_LSTM, NGRAM, MIXTURE = "awd_lstm", "ngram", "mixture"
 """the model types of config.json"""
 
 MODELS = Path(__file__).with_name("models")
@@ -58,17 +61,17 @@ class Run:
         return _read_json(self.dir / "config.json")
 
     @property
-    def is_ngram(self) -> bool:
-        """Whether the model is an n-gram model; if not, it is a network."""
+    def kind(self) -> str:
+        """What kind of model it holds: `AWD_LSTM`, `NGRAM` or `MIXTURE`."""
         # A folder may hold a graph alone, and no config.json.
-        return (self.dir / "config.json").is_file() and self._config.get("model_type") == NGRAM
+        model_type = self._config.get("model_type") if (self.dir / "config.json").is_file() else AWD_LSTM
+        return model_type if model_type in (NGRAM, MIXTURE) else AWD_LSTM
 
     def need_network(self, what: str) -> None:
-        """Refuse an n-gram model, on behalf of an option or a command that looks inside a network."""
-        if self.is_ngram:
-            raise UlimiError(
-                f"{what}: {self.dir} holds an n-gram model; this needs a network, as `ulimi train` makes it"
-            )
+        """Refuse another model, on behalf of an option or a command that looks inside a network."""
+        if self.kind != AWD_LSTM:
+            holds = {NGRAM: "an n-gram model", MIXTURE: "a mixture of models"}[self.kind]
+            raise UlimiError(f"{what}: {self.dir} holds {holds}; this needs a network, as `ulimi train` makes it")
 
     @property
     def has_weights(self) -> bool:
@@ -90,10 +93,10 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The keyword arguments of the network; of an n-gram model, its order."""
-        config = self._config.get(NGRAM if self.is_ngram else AWD_LSTM)
+        """The keyword arguments of the network; of an n-gram model, its order; of a mixture, its weights."""
+        config = self._config.get(self.kind)
         if not isinstance(config, dict):
-            raise UlimiError(f"{self.dir}/config.json: describes no AWD-LSTM and no n-gram model")
+            raise UlimiError(f"{self.dir}/config.json: describes no AWD-LSTM, no n-gram model and no mixture")
         return config
 
     @cached_property
@@ -136,10 +139,18 @@ class Run:
         with self.weights_path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def members(self) -> list["Run"]:
+        """Open what a mixture is made of; of other models there is none."""
+        weights = self.config.get("weights") if self.kind == MIXTURE else []
+        if not isinstance(weights, list) or not all(isinstance(w, float) and 0 < w < 1 for w in weights):
+            raise UlimiError(f"{self.dir}/config.json: weights is {weights!r}; allowed: numbers between 0 and 1")
+        return [open_run(self.dir / MEMBERS / str(number)) for number in range(1, len(weights) + 1)]
+
     def model_files(self) -> list[Path]:
         """What decides how the model computes, as far as it is there."""
         names = (WEIGHTS, ONNX, NGRAMS, "config.json", "tokenizer.json")
-        return [self.dir / name for name in names if (self.dir / name).is_file()]
+        own = [self.dir / name for name in names if (self.dir / name).is_file()]
+        return own + [path for member in self.members() for path in member.model_files()]
 
     def text_path(self, part: str) -> Path | None:
         """Find the text of a part ("train", "valid"): where the run remembers it, or in its own corpus/, or nowhere."""

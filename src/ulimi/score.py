@@ -158,21 +158,26 @@ def score_distribution(
 
 
 def score_stream(engine: Engine, ids: Ids, eos_id: int, on_tokens: Callable[[int], None] = lambda done: None) -> float:
-    """Total nats of a text read as one stream, the state carried from its first token to its last.
+    """Total nats of a text read as one stream; the arguments are those of `stream_nll`."""
+    return sum(float(nll_T.sum(dtype=np.float64)) for nll_T in stream_nll(engine, ids, eos_id, on_tokens))
+
+
+def stream_nll(
+    engine: Engine, ids: Ids, eos_id: int, on_tokens: Callable[[int], None] = lambda done: None
+) -> Iterator[NDArray[np.float32]]:
+    """Give the nats of each token of a text read as one stream, window by window, (T,).
 
     Args:
-        engine: the network.
+        engine: the network; its state is carried from the first token to the last.
         ids: (N,).
         eos_id: what stands before the first token.
         on_tokens: told how many tokens are done.
     """
     state = engine.initial_state(1)
-    nats = 0.0
     for inputs_1T, targets_1T, done in _windows(ids, eos_id):
         nll_1T, state = engine.nll(inputs_1T, targets_1T, state)
-        nats += float(nll_1T.sum(dtype=np.float64))
+        yield nll_1T[0]
         on_tokens(done)
-    return nats
 
 
 def _windows(ids: Ids, eos_id: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:

@@ -32,7 +32,7 @@ from ulimi.loss import target_nats, training_loss
 from ulimi.model import AWDLSTM, State, detach_state
 from ulimi.optim import RunningAverage, learning_rate, make_optimizer, non_monotonic
 from ulimi.plot import plot_curve
-from ulimi.provenance import describe_machine, new_meta
+from ulimi.provenance import describe_corpus, describe_machine, new_meta
 from ulimi.recipe import Recipe, build_recipe, changed_keys
 from ulimi.run import AWD_LSTM, CHECKPOINT, ONNX, WEIGHTS, Run, open_run, refuse_file, refuse_foreign
 from ulimi.score import Score, score_stream
@@ -459,7 +459,8 @@ class Trainer:
     def _new_meta(self, corpus: Corpus, init_from: Run | None) -> dict[str, Any]:
         machine = {**describe_device(self.device), "precision": self.precision}
         return {
-            **new_meta(corpus, self.train_text, self.valid_text, machine),
+            **new_meta(machine),
+            "data": describe_corpus(corpus, self.train_text, self.valid_text),
             "init_from": None if init_from is None else str(init_from.dir.resolve()),
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
         }

@@ -1,0 +1,166 @@
+"""Make the run of a mixture: models of one tokenizer whose probabilities are averaged, in one folder that stands alone.
+
+A network and an n-gram model of the same text err in different places, so that both together are better than either;
+and an n-gram model of somebody's own text, counted in seconds, bends a network that was trained on another one.
+
+    p(w | context) = sum over members m of weight_m p_m(w | context)    (linear interpolation, Jelinek & Mercer 1980)
+
+The weights are those that give a held-out text the most probability, found by expectation maximisation; the problem is
+convex, so there is one best answer. Light floor: mixing needs no PyTorch.
+"""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ulimi.data import EncodedText, encode_file
+from ulimi.engine import load_mixture, mixed_nats
+from ulimi.errors import UlimiError
+from ulimi.files import atomic_dir, write_json, write_text
+from ulimi.info import model_card
+from ulimi.progress import counting
+from ulimi.provenance import describe_machine, describe_text, new_meta
+from ulimi.run import CARD, MEMBERS, MIXTURE, Run
+from ulimi.score import Score, stream_nll
+
+LEAST_WEIGHT = 0.001
+"""whoever gets less adds nothing but its size and its time"""
+
+TOLERANCE = 1e-7
+"""of a weight, between two rounds of expectation maximisation"""
+MAX_ROUNDS = 10_000
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What became of a mixture."""
+
+    weights: list[float]
+    alone: list[Score]
+    """each member's score of the text that the weights were tuned on; none where they were given"""
+    together: Score | None
+    """the mixture's"""
+
+
+def tune_weights(nats_MN: NDArray[Any]) -> NDArray[np.float64]:
+    """Give the weights, (M,), that lower the nats of a mixture the most.
+
+    Args:
+        nats_MN: of each token under each member, (M, N).
+    """
+    p_MN = np.exp(nats_MN.min(axis=0) - nats_MN.astype(np.float64))  # a factor a token changes no share
+    weights_M = np.full(len(p_MN), 1 / len(p_MN))
+    for _ in range(MAX_ROUNDS):
+        shares_MN = weights_M[:, None] * p_MN
+        better_M = (shares_MN / shares_MN.sum(axis=0)).mean(axis=1)
+        moved = np.abs(better_M - weights_M).max()
+        weights_M = better_M
+        if moved < TOLERANCE:
+            break
+    return weights_M
+
+
+def make_mixture_run(
+    runs: Sequence[Run], names: Sequence[str], out: Path, *,
+    weights: Sequence[float] | None = None, tune_on: Path | None = None, device: str = "auto", kind: str = "auto",
+) -> Mixed:  # fmt: skip
+    """Copy runs into the folder of a mixture, which needs none of them afterwards.
+
+    Args:
+        runs: the members, two or more, of one tokenizer.
+        names: what they were called; kept in meta.json.
+        out: the folder to make; nothing may be there.
+        weights: of each member.
+        tune_on: or a text that no member was trained on, to find the weights by; it is read as one stream.
+        device: for networks on PyTorch, as of `ulimi.engine.load_engine`.
+        kind: likewise.
+
+    Raises:
+        UlimiError: anything wrong with what was given, or a member that adds nothing.
+    """
+    if (weights is None) == (tune_on is None):
+        raise UlimiError("the weights of a mixture: give --tune FILE, a held-out text, or --weight for each model")
+    _check_members(runs, names)
+    # Around all of it: that something is there already is not to be learnt after minutes of reading.
+    with atomic_dir(out) as unfinished:
+        if weights is not None:
+            _check_weights(weights, len(runs))
+            load_mixture(runs, weights, device, kind=kind)  # do they fit together?
+            mixed, tuned_on = Mixed(list(weights), [], None), None
+        else:
+            assert tune_on is not None
+            text = encode_file(tune_on, runs[0].tokenizer)
+            mixed, tuned_on = _tune(runs, names, tune_on, text, device, kind), describe_text(tune_on, text)
+        for number, run in enumerate(runs, start=1):
+            _copy_member(run, unfinished / MEMBERS / str(number))
+        runs[0].tokenizer.save(unfinished)
+        eos = runs[0].tokenizer.eos_id
+        write_json(unfinished / "config.json", {
+            "model_type": MIXTURE, "bos_token_id": eos, "eos_token_id": eos,
+            MIXTURE: {"vocab_size": runs[0].tokenizer.vocab_size, "weights": mixed.weights},
+        })  # fmt: skip
+        meta = {**new_meta(describe_machine()), "members": list(names), "tuned_on": tuned_on}
+        if mixed.together is not None:
+            meta["scores"] = {"tuned": mixed.together.as_dict()}
+        write_json(unfinished / "meta.json", meta)
+    write_text(out / "README.md", model_card(Run(out, meta)))
+    return mixed
+
+
+def _copy_member(run: Run, member_dir: Path) -> None:
+    member_dir.mkdir(parents=True)
+    extra = [run.dir / name for name in ("meta.json", "tokenizer_config.json", CARD)]
+    for path in [*run.model_files(), *filter(Path.is_file, extra)]:
+        shutil.copyfile(path, member_dir / path.name)
+
+
+def _check_members(runs: Sequence[Run], names: Sequence[str]) -> None:
+    if len(runs) < 2:
+        raise UlimiError(f"a mixture needs two models or more; given: {', '.join(names) or 'none'}")
+    for run, name in zip(runs, names, strict=True):
+        if run.kind == MIXTURE:
+            raise UlimiError(f"{name} is a mixture itself; give its members, {', '.join(run.meta.get('members', []))}")
+        if run.tokenizer.to_str() != runs[0].tokenizer.to_str():
+            raise UlimiError(
+                f"{name} has another tokenizer than {names[0]}; models of one mixture need the same one: "
+                f"`ulimi ngram --tokenizer-from {names[0]}` and `ulimi train --init-from {names[0]}` keep it"
+            )
+
+
+def _check_weights(weights: Sequence[float], num: int) -> None:
+    given = ", ".join(f"{weight:g}" for weight in weights)
+    if len(weights) != num:
+        raise UlimiError(f"--weight {given}: {num} models need {num} weights, in their order")
+    if not all(0 < weight < 1 for weight in weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise UlimiError(f"--weight {given}: allowed: numbers between 0 and 1 that add up to 1")
+
+
+def _tune(runs: Sequence[Run], names: Sequence[str], path: Path, text: EncodedText, device: str, kind: str) -> Mixed:
+    for run, name in zip(runs, names, strict=True):
+        if asdict(text.stats).items() <= run.meta.get("data", {}).get("train", {}).items():
+            raise UlimiError(
+                f"--tune {path}: is the training text of {name}, which would get all the weight; give a held-out text"
+            )
+    nats: list[NDArray[np.float32]] = []
+    engines = load_mixture(runs, [1 / len(runs)] * len(runs), device, kind=kind, exact=True).members
+    for engine, name in zip(engines, names, strict=True):
+        with counting(f"reading {path} with {name}, tokens") as on_tokens:
+            nats.append(np.concatenate(list(stream_nll(engine, text.ids, runs[0].tokenizer.eos_id, on_tokens))))
+    nats_MN = np.stack(nats)
+    weights_M = tune_weights(nats_MN)
+    together, *alone = (
+        Score.of(float(each.sum(dtype=np.float64)), len(text.ids), text.stats)
+        for each in (mixed_nats(nats_MN, weights_M), *nats_MN)
+    )
+    if weights_M.min() < LEAST_WEIGHT:
+        least = names[int(weights_M.argmin())]
+        raise UlimiError(
+            f"--tune {path}: {least} adds nothing there, its weight would be {weights_M.min():.4f}; leave it out"
+        )
+    return Mixed(weights_M.tolist(), alone, together)

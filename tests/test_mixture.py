@@ -1,0 +1,421 @@
+"""A mixture: its probabilities are the average, its weights the best, its run stands alone and is like any other."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import TINY
+from test_run import WITHOUT_HEAVY, python
+from ulimi.baseline import TokenizerSettings, make_ngram_run
+from ulimi.corpus import open_corpus
+from ulimi.engine import MixtureEngine, load_engine, mixed_nats
+from ulimi.errors import UlimiError
+from ulimi.generate import Sampling, generate, score_prompt
+from ulimi.info import model_card, summary
+from ulimi.mixture import tune_weights
+from ulimi.ngram import NgramEngine, count_ngrams
+from ulimi.recipe import load_recipe
+from ulimi.run import open_run
+from ulimi.train import train
+
+V = 7
+WEIGHTS = [0.5, 0.3, 0.2]
+IDS = [0, 1, 2, 0, 3, 6, 1, 1, 2, 5, 6, 4]
+
+
+def make_member(seed, order=3):
+    """An n-gram model of random ids: exact, and unlike those of other seeds."""
+    ids = np.random.default_rng(seed).integers(0, V, 200)
+    return NgramEngine(count_ngrams(np.append(ids, V - 1), V, order))
+
+
+@pytest.fixture(scope="module")
+def members():
+    return [make_member(seed) for seed in (1, 2, 3)]
+
+
+@pytest.fixture
+def engine(members):
+    return MixtureEngine(members, WEIGHTS)
+
+
+def averages(members, weights=WEIGHTS, ids=IDS):
+    """What a mixture must say after each of the ids, (T, V): one member after the other, one step after the other."""
+    average_TV = np.zeros((len(ids), V))
+    for member, weight in zip(members, weights, strict=True):
+        state = member.initial_state(1)
+        for t, id in enumerate(ids):
+            logits_1V, state = member.step(np.array([id]), state)
+            average_TV[t] += weight * np.exp(logits_1V[0].astype(np.float64))
+    return average_TV
+
+
+def close(ours, truth):
+    np.testing.assert_allclose(ours, truth, rtol=3e-6, atol=1e-9)
+
+
+# The engine
+
+
+def test_each_step_says_the_average(engine, members):
+    state = engine.initial_state(1)
+    for id, average_V in zip(IDS, averages(members), strict=True):
+        logits_1V, state = engine.step(np.array([id]), state)
+        assert logits_1V.shape == (1, V)
+        assert logits_1V.dtype == np.float32
+        close(np.exp(logits_1V[0]), average_V)
+        assert np.exp(logits_1V.astype(np.float64)).sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_windows_and_primes_say_the_same(engine, members):
+    average_TV = averages(members)
+    close(np.exp(engine.prime(IDS, engine.initial_state(1))[0][0]), average_TV[-1])
+    first_BTV, state = engine.logits(np.array([IDS[:5]]), engine.initial_state(1))
+    second_BTV, _ = engine.logits(np.array([IDS[5:]]), state)
+    close(np.exp(np.concatenate([first_BTV, second_BTV], axis=1)[0]), average_TV)
+
+
+@pytest.mark.parametrize("cut", [1, 6])
+def test_nats_are_those_of_the_average(engine, members, cut):
+    inputs_1T, targets_1T = np.array([IDS[:-1]]), np.array([IDS[1:]])
+    first, state = engine.nll(inputs_1T[:, :cut], targets_1T[:, :cut], engine.initial_state(1))
+    second, _ = engine.nll(inputs_1T[:, cut:], targets_1T[:, cut:], state)
+    assert first.dtype == np.float32
+    own = averages(members)[np.arange(len(IDS) - 1), IDS[1:]]
+    close(np.concatenate([first, second], axis=1)[0], -np.log(own))
+
+
+def test_logits_need_not_be_normalised():
+    class Shifted:
+        """Two tokens of logits that differ by ln 3, both far from 0."""
+
+        vocab_size, alpha, batch_invariant = 2, 1.0, True
+
+        def __init__(self, shift):
+            self.shift = shift
+
+        def step(self, ids_B, state):
+            return np.array([[self.shift, self.shift + np.log(3)]], dtype=np.float32), state
+
+    both = MixtureEngine([Shifted(90.0), Shifted(-90.0)], [0.5, 0.5])
+    close(np.exp(both.step(np.array([0]), [None, None])[0]), [[0.25, 0.75]])
+
+
+def test_states_are_values_and_are_repeated_selected_and_joined(engine):
+    _, state = engine.prime(IDS[:4], engine.initial_state(1))
+    alone, _ = engine.step(np.array([1]), state)
+    repeated = engine.repeat_state(state, 3)
+    logits_3V, after = engine.step(np.array([1, 2, 3]), repeated)
+    assert (logits_3V[0] == alone[0]).all()
+    # The state that was read from is as it was.
+    assert (engine.step(np.array([1]), state)[0] == alone).all()
+    chosen, _ = engine.step(np.array([5, 5]), engine.select_state(after, [2, 0]))
+    for row, old in enumerate((2, 0)):
+        assert (chosen[row] == engine.step(np.array([5]), engine.select_state(after, [old]))[0][0]).all()
+    joined = engine.join_states([engine.select_state(after, [2]), engine.select_state(after, [0])])
+    assert (engine.step(np.array([5, 5]), joined)[0] == chosen).all()
+
+
+def test_it_generates_and_has_no_layer_of_its_own(engine):
+    steps = list(generate(engine, [V - 1, 0], sampling=Sampling(), max_tokens=12, num=2, seed=3, stop_ids=[V - 1]))
+    for row in range(2):
+        mine = [step for step in steps if step.row == row]
+        scored = score_prompt(engine, [V - 1, 0, *(step.id for step in mine)])[1:]
+        assert [s.logprob for s in mine] == pytest.approx([s.logprob for s in scored], rel=1e-5)
+    with pytest.raises(UlimiError, match="a mixture of models has no hidden layer"):
+        engine.output(engine.initial_state(1))
+
+
+def test_what_cannot_be_averaged_is_refused(members):
+    other = NgramEngine(count_ngrams(np.array([0, 1, 2]), 3, 2))
+    with pytest.raises(UlimiError, match="one vocabulary; these have 7, 3 tokens"):
+        MixtureEngine([members[0], other], [0.5, 0.5])
+
+    class Sparse(NgramEngine):
+        alpha = 1.5
+
+    sparse = Sparse(count_ngrams(np.array(IDS), V, 2))
+    with pytest.raises(UlimiError, match="a sparse model"):
+        MixtureEngine([members[0], sparse], [0.5, 0.5])
+
+
+# The weights
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_weights_are_the_best_of_a_fine_grid(seed):
+    nats = np.random.default_rng(seed).gamma(2, 2, (2, 300))
+    weights = tune_weights(nats)
+    assert weights.sum() == pytest.approx(1)
+    totals = {w: mixed_nats(nats, np.array([w, 1 - w])).sum() for w in np.linspace(0.001, 0.999, 999)}
+    best = min(totals, key=totals.get)
+    assert weights[0] == pytest.approx(best, abs=0.0011)
+    assert mixed_nats(nats, weights).sum() <= totals[best] + 1e-6
+
+
+def test_many_weights_are_where_no_member_wants_more(members):
+    """At the optimum the mean of p_m / p_mixture is 1 for whoever has weight, and at most 1 for whoever has none."""
+    nats = np.random.default_rng(5).gamma(2, 2, (5, 500))
+    nats[4] = nats[3] + 1  # never the better one
+    weights = tune_weights(nats)
+    ratios = np.exp(mixed_nats(nats, weights) - nats).mean(axis=1)
+    np.testing.assert_allclose(ratios[:4], 1, atol=1e-4)
+    assert weights[4] < 1e-4
+    assert ratios[4] < 1
+
+
+def test_equal_members_share_and_improbable_tokens_do_no_harm():
+    nats = np.array([[3.0, 900.0, 2.0], [3.0, 900.0, 2.0]])
+    np.testing.assert_allclose(tune_weights(nats), [0.5, 0.5])
+    # float64 has no e^-900; what counts is who is the better one.
+    one_sided = np.array([[3.0, 900.0], [5.0, 2000.0]])
+    assert tune_weights(one_sided)[0] == pytest.approx(1, abs=1e-4)
+    assert np.isfinite(mixed_nats(one_sided, np.array([0.5, 0.5]))).all()
+
+
+# The run
+
+
+@pytest.fixture(scope="module")
+def ngram_dir(tmp_path_factory, corpus_dir, tiny_run):
+    """Of so little text that it does not know all that the network does."""
+    folder = tmp_path_factory.mktemp("mixture")
+    (folder / "text").mkdir()
+    for part, num_lines in (("train", 6), ("valid", 20)):
+        lines = (corpus_dir / f"{part}.txt").read_text().splitlines(keepends=True)
+        (folder / "text" / f"{part}.txt").write_text("".join(lines[:num_lines]))
+    make_ngram_run(folder / "text", folder / "ngram", order=3, settings=TokenizerSettings(tiny_run.dir))
+    return folder / "ngram"
+
+
+@pytest.fixture(scope="module")
+def another_dir(tmp_path_factory, corpus_dir, tiny_run):
+    """A second network of the same tokens, better than the first one."""
+    run_dir = tmp_path_factory.mktemp("mixture") / "another"
+    recipe = load_recipe(None, [*TINY, "optim.max_epochs=8", "optim.warmup_steps=5", "optim.lr=1e-2"])
+    train(open_corpus(corpus_dir, run_dir / "corpus"), run_dir, recipe, init_from=tiny_run)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def mixed_dir(tmp_path_factory, corpus_dir, ngram_dir, another_dir):
+    """Made of copies that are gone now."""
+    folder = tmp_path_factory.mktemp("mixture")
+    for source in (ngram_dir, another_dir):
+        shutil.copytree(source, folder / source.name)
+    code = "import sys; sys.argv = ['ulimi', *sys.argv[1:]]\nfrom ulimi.cli import main\nmain()"
+    result = python(
+        code, "mix", folder / "another", folder / "ngram", "-o", folder / "mixed", "--tune", corpus_dir / "valid.txt"
+    )
+    assert result.returncode == 0, result.stderr
+    shutil.rmtree(folder / "another")
+    shutil.rmtree(folder / "ngram")
+    return folder / "mixed"
+
+
+def bits(works, text, *args):
+    return json.loads(works("evaluate", text, *args, "--json").out)["bits_per_char"]
+
+
+def test_a_mixture_is_better_than_its_members_and_says_so(works, tmp_path, corpus_dir, ngram_dir, another_dir):
+    valid, out = corpus_dir / "valid.txt", tmp_path / "mixed"
+    said = works("mix", another_dir, ngram_dir, "--out", out, "--tune", valid).out.splitlines()
+    assert said[0].split() == ["model", "weight", "bits/char", "alone"]
+    rows = [line.split() for line in said[1:3]]
+    assert [row[0] for row in rows] == [str(another_dir), str(ngram_dir)]
+    weights, alone = ([float(row[column]) for row in rows] for column in (1, 2))
+    assert sum(weights) == pytest.approx(1, abs=2e-4)
+    assert min(weights) > 0.02
+    # What it says is what `evaluate` says of members and mixture.
+    assert alone == pytest.approx([bits(works, valid, "-m", path) for path in (another_dir, ngram_dir)], abs=6e-5)
+    together = bits(works, valid, "-m", out)
+    assert together < min(alone) - 0.001
+    assert said[3].startswith(f"together: {together:.4f} bits per character")
+    assert said[4] == f"the model is in {out}; try: ulimi generate -m {out}"
+    # On a text that it was not tuned on, too.
+    test = corpus_dir / "test.txt"
+    assert bits(works, test, "-m", out) < min(bits(works, test, "-m", path) for path in (another_dir, ngram_dir))
+
+
+def test_weights_can_be_said(works, tmp_path, corpus_dir, tiny_run, ngram_dir):
+    out = tmp_path / "mixed"
+    said = works("mix", tiny_run.dir, ngram_dir, "-o", out, "--weight", 0.25, "--weight", 0.75).out
+    assert said == f"the model is in {out}; try: ulimi generate -m {out}\n"
+    run = open_run(out)
+    assert run.config["weights"] == [0.25, 0.75]
+    assert [member.kind for member in run.members()] == ["awd_lstm", "ngram"]
+    engines = [load_engine(open_run(path), exact=True) for path in (tiny_run.dir, ngram_dir)]
+    inputs_1T, targets_1T = np.array([[5, 9, 2, 40]]), np.array([[9, 2, 40, 11]])
+    ours, own = (
+        [e.nll(inputs_1T, targets_1T, e.initial_state(1))[0].astype(np.float64) for e in found]
+        for found in ([load_engine(run, exact=True)], engines)
+    )
+    close(ours[0], -np.log(0.25 * np.exp(-own[0]) + 0.75 * np.exp(-own[1])))
+    assert "weights tuned on" not in dict(summary(run))
+
+
+def test_every_command_takes_it(works, mixed_dir, corpus_dir):
+    valid, m = corpus_dir / "valid.txt", ("-m", mixed_dir)
+    stream = json.loads(works("evaluate", valid, *m, "--json").out)
+    assert json.loads((mixed_dir / "meta.json").read_text())["scores"]["tuned"]["nats"] == pytest.approx(
+        stream["nats"], rel=1e-6
+    )
+    stateless = json.loads(works("evaluate", valid, *m, "--stateless", "--json").out)
+    rows = works("score", valid, *m, "--json").json
+    assert sum(row["nats"] for row in rows) == pytest.approx(stateless["nats"], rel=1e-6)
+    spared = json.loads(works("evaluate", valid, *m, "--keystrokes", "--max-lines", 3, "--json").out)
+    assert 0 < spared["spared"] < 1
+    distribution = json.loads(works("evaluate", valid, *m, "--distribution", "--epsilon", 0, "--json").out)
+    assert distribution["epsilon_perplexity"] == pytest.approx(
+        np.exp(stateless["nats"] / stateless["num_tokens"]), rel=0.2
+    )
+    text = works("generate", "Abantu", *m, "--seed", 1, "--max-tokens", 12, "--probabilities").out
+    assert text.startswith("Abantu")
+    assert works("generate", *m, "--seed", 1).out == works("generate", *m, "--seed", 1).out
+    assert works("generate", "Abantu", *m, "--beams", 3, "--max-tokens", 8).out.startswith("Abantu")
+    words = dict(line.split("\t") for line in works("suggest", "Abantu bafun", *m).out.splitlines())
+    assert "bafunda" in words
+
+
+def test_a_text_does_not_depend_on_those_beside_it(works, mixed_dir):
+    alone = works("generate", "Abantu", "-m", mixed_dir, "--seed", 3, "--max-tokens", 15, "--num", 1, "--json").json
+    several = works("generate", "Abantu", "-m", mixed_dir, "--seed", 3, "--max-tokens", 15, "--num", 3, "--json").json
+    assert alone[0]["text"] == several[0]["text"]
+
+
+def test_its_folder_says_what_it_is(works, mixed_dir, corpus_dir):
+    run = open_run(mixed_dir)
+    assert sorted(path.name for path in mixed_dir.iterdir()) == [
+        "README.md", "config.json", "members", "meta.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    facts = dict(summary(run))
+    weights = run.config["weights"]
+    assert "another: AWD-LSTM" in facts[f"member 1, {weights[0]:.4f}"]
+    assert "ngram: modified Kneser-Ney of order 3" in facts[f"member 2, {weights[1]:.4f}"]
+    assert str(corpus_dir / "valid.txt") in facts["weights tuned on"]
+    assert "trained on" not in facts
+    assert all(value in works("info", mixed_dir).out for value in facts.values())
+    assert json.loads(works("info", mixed_dir, "--json").out)["config"]["weights"] == weights
+    card = (mixed_dir / "README.md").read_text()
+    assert card == model_card(run)
+    assert "whose probabilities are averaged" in card
+    # All that decides how it computes: `study` knows models by it.
+    assert {path.name for path in run.model_files()} == {
+        "config.json", "tokenizer.json", "model.onnx", "model.safetensors", "ngram.npz",
+    }  # fmt: skip
+
+
+def test_it_needs_nothing_heavy(tmp_path, corpus_dir, another_dir, ngram_dir):
+    out, valid = tmp_path / "mixed", corpus_dir / "valid.txt"
+    main = f"{WITHOUT_HEAVY}\nfrom ulimi.cli import main\nmain()"
+    for args in (
+        ["mix", another_dir, ngram_dir, "-o", out, "--tune", valid],
+        ["evaluate", valid, "-m", out, "--stateless"],
+        ["suggest", "Abantu baf", "-m", out],
+        ["info", out],
+    ):
+        result = python(main, *args)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout
+
+
+def test_the_engine_of_its_networks_can_be_chosen(works, refused, mixed_dir, corpus_dir):
+    valid, m = corpus_dir / "valid.txt", ("-m", mixed_dir)
+    exact, int8, weights = (bits(works, valid, *m, *args) for args in ((), ("--engine", "onnx"), ("--engine", "torch")))
+    assert exact == weights
+    assert int8 != weights
+    assert int8 == pytest.approx(weights, abs=0.01)
+    assert "--engine x: allowed: auto, onnx, torch" in refused("evaluate", valid, *m, "--engine", "x")
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    ([], "the weights of a mixture: give --tune FILE, a held-out text, or --weight for each model"),
+    (["--tune", "VALID", "--weight", "0.5", "--weight", "0.5"], "give --tune FILE, a held-out text, or --weight"),
+    (["--weight", "1.0"], "--weight 1: 2 models need 2 weights, in their order"),
+    (["--weight", "0.5", "--weight", "0.6"], "--weight 0.5, 0.6: allowed: numbers between 0 and 1 that add up to 1"),
+    (["--weight", "0", "--weight", "1"], "--weight 0, 1: allowed: numbers between 0 and 1"),
+    (["--weight", "-1", "--weight", "2"], "--weight -1, 2: allowed"),
+    (["--weight", "nan", "--weight", "0.5"], "--weight nan, 0.5: allowed"),
+    (["--tune", "TRAIN"], "is the training text of"),
+    (["--tune", "none.txt"], "none.txt: No such file"),
+    (["--tune", "VALID", "--device", "gpu"], "--device gpu"),
+])  # fmt: skip
+def test_mix_refuses_in_one_line(refused, tmp_path, monkeypatch, corpus_dir, tiny_run, ngram_dir, args, said):
+    monkeypatch.chdir(tmp_path)
+    named = {"VALID": corpus_dir / "valid.txt", "TRAIN": corpus_dir / "train.txt"}
+    given = [named.get(arg, arg) for arg in args]
+    assert said in refused("mix", tiny_run.dir, ngram_dir, "-o", "out", *given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_members_that_do_not_go_together_are_refused(
+    refused, works, tmp_path, corpus_dir, tiny_run, ngram_dir, mixed_dir
+):
+    tune = ("--tune", corpus_dir / "valid.txt")
+    works("ngram", corpus_dir, "-o", tmp_path / "chars", "--kind", "char")
+    out = tmp_path / "out"
+    for runs, said in (
+        ([tiny_run.dir], f"a mixture needs two models or more; given: {tiny_run.dir}"),
+        ([tiny_run.dir, tmp_path / "chars"], f"chars has another tokenizer than {tiny_run.dir}"),
+        ([tiny_run.dir, tmp_path / "none"], "no run folder"),
+        ([mixed_dir, ngram_dir], f"{mixed_dir} is a mixture itself; give its members, "),
+    ):
+        assert said in refused("mix", *runs, "-o", out, *tune)
+    assert "--engine onnx" in refused("mix", ngram_dir, ngram_dir, "-o", out, *tune, "--engine", "onnx")
+    assert not out.exists()
+
+
+def test_a_member_that_adds_nothing_is_named(refused, works, tmp_path, corpus_dir, tiny_run, ngram_dir):
+    """A network of random weights beside a model that was made of the text itself."""
+    small = tmp_path / "small"
+    small.mkdir()
+    lines = (corpus_dir / "valid.txt").read_text().splitlines(keepends=True)
+    (small / "train.txt").write_text("".join(lines) * 3)
+    (small / "valid.txt").write_text("".join(lines))
+    works("ngram", small, "-o", tmp_path / "knows", "--tokenizer-from", tiny_run.dir, "--order", 8)
+    said = refused("mix", tiny_run.dir, tmp_path / "knows", "-o", tmp_path / "out", "--tune", corpus_dir / "valid.txt")
+    assert f"{tiny_run.dir} adds nothing there, its weight would be 0.000" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_taken_is_left_alone(refused, tmp_path, tiny_run, ngram_dir):
+    (tmp_path / "out").mkdir()
+    weights = ("--weight", 0.5, "--weight", 0.5)
+    assert "is there already" in refused("mix", tiny_run.dir, ngram_dir, "-o", tmp_path / "out", *weights)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_looks_inside_a_network_refuses(refused, tmp_path, corpus_dir, mixed_dir):
+    valid, m = corpus_dir / "valid.txt", ("-m", mixed_dir)
+    said = f"{mixed_dir} holds a mixture of models; this needs a network"
+    for command in (
+        ("evaluate", valid, *m, "--cache"),
+        ("evaluate", valid, *m, "--dynamic"),
+        ("export", mixed_dir),
+        ("release", mixed_dir, "--out", tmp_path / "new", "--card", valid),
+        ("train", corpus_dir, "--out", tmp_path / "new", "--init-from", mixed_dir),
+    ):
+        assert said in refused(*command)
+    assert "no hidden layer" in refused("generate", "Abantu", *m, "--contrastive", 0.6)
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (lambda folder: shutil.rmtree(folder / "members" / "2"), "no run folder"),
+    (lambda folder: (folder / "members" / "2" / "ngram.npz").unlink(), "ngram.npz: cannot be read"),
+    (lambda folder: rewrite(folder, lambda config: config.pop("mixture")), "no n-gram model and no mixture"),
+    (lambda folder: rewrite(folder, lambda config: config["mixture"].pop("weights")), "weights is None"),
+    (lambda folder: rewrite(folder, lambda config: config["mixture"].update(weights=[2, -1])), "weights is [2, -1]"),
+])  # fmt: skip
+def test_a_damaged_run_is_one_line(refused, tmp_path, corpus_dir, mixed_dir, spoil, said):
+    folder = Path(shutil.copytree(mixed_dir, tmp_path / "run"))
+    spoil(folder)
+    assert said in refused("score", corpus_dir / "valid.txt", "-m", folder)
+
+
+def rewrite(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
