@@ -88,8 +88,5 @@ def finish(args: argparse.Namespace, rows: list[dict[str, Any]], packages: tuple
     for row in rows:
         print("  ".join(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     if args.out:
-        machine = describe_machine()
-        # The kernel's name may be that of somebody's cluster.
-        machine["system"] = platform.system()
-        result = {"machine": machine, "versions": versions(*packages), **facts, "rows": rows}
+        result = {"machine": describe_machine(), "versions": versions(*packages), **facts, "rows": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

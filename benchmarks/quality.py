@@ -43,7 +43,6 @@ import hashlib
 import json
 import lzma
 import math
-import platform
 import shutil
 import tempfile
 import time
@@ -276,7 +275,7 @@ def run(job: Job, name: str, parts: list[str]) -> None:
     else:
         shutil.rmtree(run_dir, ignore_errors=True)  # of a training that was cut off
         # The kernel's name may be that of somebody's cluster.
-        machine = {**describe_machine(job.threads), "system": platform.system()}
+        machine = describe_machine(job.threads)
         started = time.perf_counter()
         result = {"contender": name, **job.shared(), "machine": machine, **CONTENDERS[name](job, run_dir)}
         result |= {"wall_minutes": (time.perf_counter() - started) / 60, "versions": versions("torch", "transformers")}

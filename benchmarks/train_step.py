@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -251,7 +250,6 @@ def main() -> None:
         print(f"{'':8} limit: {row['limit_gflops']:.0f} GFLOP/s")
     if args.out:
         machine = describe_device(torch.device("cpu"))
-        machine["system"] = platform.system()  # the kernel's name may be that of somebody's cluster
         rows = [
             {"shape": name, "contender": contender, **row}
             for name, found in results.items()

@@ -66,6 +66,15 @@ def theirs(alpha: float):
     return peer.EntmaxBisectLoss(alpha=alpha, n_iter=100, reduction="elementwise_mean")
 
 
+@pytest.mark.parametrize("kind", ["cross_entropy", "entmax"])
+def test_a_second_derivative_is_refused_and_not_wrong(kind):
+    logits_NV, targets_N = random_logits(4, 7, dtype=torch.float32)
+    loss = of_logits(logits_NV.requires_grad_(), targets_N, kind, 1.5)
+    (grad_NV,) = torch.autograd.grad(loss, logits_NV, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_NV.square().sum().backward()
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 2), (ROWS_AT_ONCE + 9, 11), (6, 500)])
 def test_loss_and_gradient_are_those_of_its_authors(alpha, shape):

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ulimi.data import default_cache_dir
 from ulimi.files import atomic_path
@@ -340,6 +341,7 @@ class _LSTM(torch.autograd.Function):
         return hidden_SBH[1:], hidden_SBH[-1].clone(), cell_SBH[-1].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad_TBH: Tensor | None, grad_h_BH: Tensor | None, grad_c_BH: Tensor | None
     ) -> tuple[Tensor | None, ...]:

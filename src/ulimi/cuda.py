@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 """what training may compute products in; weights and gradients stay float32, on a GPU activations and state, too"""
@@ -98,6 +99,7 @@ class _Layer(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_BTH: Tensor, dh_1BH: Tensor, dc_1BH: Tensor) -> tuple[Tensor | None, ...]:
         x_TBI, h, c, y_TBH, reserve, buffer, *views = ctx.saved_tensors
         input_size, hidden_size, H = ctx.sizes

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ulimi.cpu import product
 from ulimi.data import IGNORED
@@ -139,6 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nats_N.mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_output / ctx.num_rows
         return *[None if grad is None else grad * scale for grad in ctx.saved_tensors], None
@@ -157,6 +159,7 @@ class _EntmaxLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (residual_NV,) = ctx.saved_tensors
         return residual_NV * (grad_output / len(residual_NV)), None, None

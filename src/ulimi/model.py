@@ -141,7 +141,7 @@ class WeightDropLSTM(nn.Module):
         mask_hh = None
         if self.weight_dropout > 0.0:
             mask_hh = dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
-        if x_BTI.is_cuda:
+        if x_BTI.is_cuda and torch.version.hip is None:  # ROCm says cuda, too, and has no cuDNN
             return cuda.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)
         if weight_hh.dtype == x_BTI.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
             return cpu.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)

@@ -57,7 +57,7 @@ def describe_machine(threads: int = 1, device: str = "cpu") -> dict[str, Any]:
         "threads": threads,
         "device": device,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": platform.system(),  # no more of it: a kernel's name may be that of somebody's cluster
     }
 
 
