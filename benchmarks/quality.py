@@ -274,7 +274,6 @@ def run(job: Job, name: str, parts: list[str]) -> None:
             raise UlimiError(f"{path} is of another corpus or other --minutes or --threads; give another --out")
     else:
         shutil.rmtree(run_dir, ignore_errors=True)  # of a training that was cut off
-        # The kernel's name may be that of somebody's cluster.
         machine = describe_machine(job.threads)
         started = time.perf_counter()
         result = {"contender": name, **job.shared(), "machine": machine, **CONTENDERS[name](job, run_dir)}

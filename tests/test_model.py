@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import reference
-from ulimi.model import AWDLSTM, detach_state, dropout_mask, embedding_dropout, locked_dropout
+from ulimi.model import AWDLSTM, WeightDropLSTM, detach_state, dropout_mask, embedding_dropout, locked_dropout
 from ulimi.train import regularisation
 
 V, E, H, B, T = 11, 4, 6, 3, 7
@@ -690,3 +690,21 @@ def test_conversion_to_another_type_keeps_the_tie():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     out = model(make_tokens(), rng=generator())
     assert out.logits.dtype == out.state[0][0].dtype == torch.float
+
+
+@pytest.mark.parametrize(("hip", "expected"), [(None, "cuda"), ("6.4", "pytorch")])
+def test_which_lstm_a_device_takes(monkeypatch, hip, expected):
+    """On a GPU that is called cuda: cuDNN's where it is NVIDIA's; never the CPU's, which is given raw addresses."""
+    taken = []
+    monkeypatch.setattr("ulimi.model.cpu.lstm", lambda *args: taken.append("cpu"))
+    monkeypatch.setattr("ulimi.model.cuda.lstm", lambda *args: taken.append("cuda"))
+    monkeypatch.setattr("ulimi.model.functional_call", lambda *args: taken.append("pytorch"))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    layer = WeightDropLSTM(E, H, 0.0).train()
+
+    class OnAGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    layer(torch.zeros(B, T, E).as_subclass(OnAGpu))
+    layer(torch.zeros(B, T, E))
+    assert taken == [expected, "cpu"]

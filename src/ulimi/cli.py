@@ -266,6 +266,7 @@ def mix(
         [open_run(path) for path in runs], names, out, weights=weight, tune_on=tune, device=device, kind=engine
     )
     if mixed.together is not None:
+        _warn_unknown(str(tune), mixed.num_unknown)
         table = [("model", "weight", "bits/char alone")] + [
             (name, f"{share:.4f}", f"{score.bits_per_char:.4f}")
             for name, share, score in zip(names, mixed.weights, mixed.alone, strict=True)

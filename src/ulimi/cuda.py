@@ -28,6 +28,11 @@ Step = Callable[[Tensor, Tensor, list[tuple[Tensor, Tensor]]], tuple[Tensor, lis
 """(inputs (B, T), targets (B, T), state) -> (loss, new state); leaves gradients in the parameters"""
 
 
+def has_cudnn(device: torch.device) -> bool:
+    """Tell whether this is a device for this module: AMD's are called cuda, too, and have no cuDNN."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def lstm(
     x_BTI: Tensor,
     state: tuple[Tensor, Tensor] | None,

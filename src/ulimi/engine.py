@@ -18,7 +18,7 @@ from ulimi.distribution import log_probs, smoothed_nats
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_path
 from ulimi.ngram import NgramEngine, read_ngrams
-from ulimi.run import MIXTURE, NGRAM, NGRAMS, ONNX, WEIGHTS, Run
+from ulimi.run import MEMBERS, MIXTURE, NGRAM, NGRAMS, ONNX, WEIGHTS, Run
 
 if TYPE_CHECKING:
     import torch
@@ -520,7 +520,9 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto", exact: bo
     if kind not in ENGINES:
         raise UlimiError(f"--engine {kind}: allowed: {', '.join(ENGINES)}")
     if run.kind == MIXTURE:
-        return load_mixture(run.members(), run.config["weights"], device, kind=kind, exact=exact)
+        mixture = load_mixture(run.members(), run.config["weights"], device, kind=kind, exact=exact)
+        _check_tokenizer(run, mixture.vocab_size, MEMBERS)
+        return mixture
     if run.kind == NGRAM:
         if kind != "auto":
             run.need_network(f"--engine {kind}")
@@ -571,19 +573,18 @@ def load_mixture(
     Raises:
         UlimiError: as of `load_engine`, and of `MixtureEngine`.
     """
-    if all(run.kind == NGRAM for run in runs):
-        members = [load_engine(run, device, kind=kind) for run in runs]
-    else:
-        members = [
-            load_engine(run) if run.kind == NGRAM else load_engine(run, device, kind=kind, exact=exact) for run in runs
-        ]
+    has_network = any(run.kind != NGRAM for run in runs)
+    members = [
+        load_engine(run) if run.kind == NGRAM and has_network else load_engine(run, device, kind=kind, exact=exact)
+        for run in runs
+    ]
     return MixtureEngine(members, weights)
 
 
-def _check_tokenizer(run: Run, vocab_size: int, name: str) -> None:
+def _check_tokenizer(run: Run, vocab_size: int, name: Path | str) -> None:
     """Refuse a tokenizer of another model: its ids would be read without a word, and mean other text."""
     if (run.dir / "tokenizer.json").is_file() and run.tokenizer.vocab_size != vocab_size:
-        model = "n-gram model" if run.kind == NGRAM else "network"
+        model = {NGRAM: "n-gram model", MIXTURE: "mixture"}.get(run.kind, "network")
         raise UlimiError(
             f"{run.dir}: tokenizer.json has {run.tokenizer.vocab_size} tokens, the {model} of {name} {vocab_size}; "
             "they do not belong together"

@@ -40,17 +40,26 @@ def atomic_dir(out: Path) -> Iterator[Path]:
     Raises:
         UlimiError: there is something of that name.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise UlimiError(f"--out {out}: is there already; remove it or give another")
+    new_parents = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
+        unfinished.mkdir()
         yield unfinished
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                with path.open("r+b") as file:
+                    os.fsync(file.fileno())
         unfinished.replace(out)
-    finally:
+    except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+    _sync_folder(out.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,29 +1,34 @@
 """What a run folder tells about itself: for the terminal, and as the model card that lies in it."""
 
+from pathlib import Path
 from typing import Any
 
 from ulimi.errors import UlimiError
-from ulimi.run import AWD_LSTM, CARD, MIXTURE, NGRAM, Run
+from ulimi.run import AWD_LSTM, CARD, MEMBERS, MIXTURE, NGRAM, Run
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def summary(run: Run) -> list[tuple[str, str]]:
+def summary(run: Run, place: Path | None = None) -> list[tuple[str, str]]:
     """Give the facts of a run as (name, value) rows.
+
+    Args:
+        run: the run.
+        place: where its folder is going to be, if it is not there yet.
 
     Raises:
         UlimiError: its meta.json is not complete.
     """
     try:
-        return _facts(run)
+        return _facts(run, place or run.dir)
     except KeyError as error:
         raise UlimiError(f"{run.dir}/meta.json: no entry {error}") from None
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: Run, place: Path) -> list[tuple[str, str]]:
     meta = run.meta
     rows = [
-        ("run", str(run.dir)),
+        ("run", str(place)),
         ("made by", f"ulimi {meta['ulimi']}" + (f" ({meta['commit']})" if meta.get("commit") else "")),
         ("created", meta["created"]),
         ("machine", f"{meta['machine']['cpu']}, {meta['machine']['device']}, threads: {meta['machine']['threads']}"),
@@ -36,8 +41,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         rows += [("trained on", _text(meta["data"]["train"])), ("validated on", _text(meta["data"]["valid"]))]
     if run.kind == AWD_LSTM:
         rows += _training_facts(run)
-    if (run.dir / CARD).is_file():
-        rows.append(("licence, limits", str(run.dir / CARD)))
+    for part in (Path(), *(MEMBERS / str(number) for number in range(1, len(run.members()) + 1))):
+        if (run.dir / part / CARD).is_file():
+            rows.append(("licence, limits", str(place / part / CARD)))
     for name, score in meta.get("scores", {}).items():
         rows.append((f"score, {name}", score_text(score)))
     return rows
@@ -48,11 +54,13 @@ def _model_facts(run: Run) -> list[tuple[str, str]]:
     if run.kind == NGRAM:
         return [("model", _ngram_text(meta, config))]
     if run.kind == MIXTURE:
+        members, names = run.members(), meta["members"]
+        if not isinstance(names, list) or len(names) != len(members):
+            raise UlimiError(f"{run.dir}/meta.json: members is {names!r}; needed: {len(members)} names")
+        models = [dict(summary(member)) for member in members]
         return [
-            (f"member {number}, {weight:.4f}", f"{given}: {_model_facts(member)[0][1]}")
-            for number, (weight, given, member) in enumerate(
-                zip(config["weights"], meta["members"], run.members(), strict=True), start=1
-            )
+            (f"member {number}, {weight:.4f}", f"{given}: {model.get('network') or model.get('model')}")
+            for number, (weight, given, model) in enumerate(zip(config["weights"], names, models, strict=True), start=1)
         ]
     text = (
         f"AWD-LSTM, {meta['num_parameters'] / 1e6:.1f}M parameters: embedding {config['embedding_size']}, "
@@ -107,14 +115,15 @@ def curve(values: list[float], width: int = 40) -> str:
     return f"{values[0]:.3f} {bars} {values[-1]:.3f} bits per character on validation"
 
 
-def model_card(run: Run) -> str:
-    """Write the README.md of a run folder."""
-    table = "\n".join(f"| {name} | {value} |" for name, value in summary(run))
+def model_card(run: Run, place: Path | None = None) -> str:
+    """Write the README.md of a run folder; the arguments are those of `summary`."""
+    place = place or run.dir
+    table = "\n".join(f"| {name} | {value} |" for name, value in summary(run, place))
     pictured = recipe = ""
     if run.kind == NGRAM:
         what, made_of = "An interpolated modified Kneser-Ney n-gram model (Chen & Goodman 1999) counted", "n-grams"
     elif run.kind == MIXTURE:
-        what, made_of = "Several models whose probabilities are averaged (Jelinek & Mercer 1980), mixed", "parts"
+        what, made_of = "Several models whose probabilities are averaged (Jelinek & Mercer 1980), mixed", "members"
     else:
         what, made_of = "An AWD-LSTM language model (Merity, Keskar & Socher 2017) trained", "weights"
         pictured = "\n![validation and training loss](curve.png)\n"
@@ -125,7 +134,7 @@ library_name: ulimi
 pipeline_tag: text-generation
 ---
 
-# {run.dir.resolve().name}
+# {place.resolve().name}
 
 {what} with ulimi.
 
@@ -138,8 +147,8 @@ Bits per character count every code point of the original text and one newline a
 ## Use
 
 ```
-ulimi generate -m {run.dir} "…"
-ulimi evaluate FILE -m {run.dir}
+ulimi generate -m {place} "…"
+ulimi evaluate FILE -m {place}
 ```
 {recipe}
 The text that a model was trained on decides what may be done with its {made_of}: see to it that its licence allows what

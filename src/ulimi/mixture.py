@@ -29,11 +29,14 @@ from ulimi.provenance import describe_machine, describe_text, new_meta
 from ulimi.run import CARD, MEMBERS, MIXTURE, Run
 from ulimi.score import Score, stream_nll
 
+TOLD = ("meta.json", "tokenizer_config.json", "recipe.toml", "metrics.jsonl", CARD)
+"""what a member has beside its model, for `ulimi info`, and for whoever must know its licence"""
+
 LEAST_WEIGHT = 0.001
 """whoever gets less adds nothing but its size and its time"""
 
-TOLERANCE = 1e-7
-"""of a weight, between two rounds of expectation maximisation"""
+TOLERANCE = 1e-8
+"""nats a token that another round of expectation maximisation must gain"""
 MAX_ROUNDS = 10_000
 
 
@@ -46,6 +49,8 @@ class Mixed:
     """each member's score of the text that the weights were tuned on; none where they were given"""
     together: Score | None
     """the mixture's"""
+    num_unknown: int = 0
+    """words of that text which are <unk> to a closed vocabulary"""
 
 
 def tune_weights(nats_MN: NDArray[Any]) -> NDArray[np.float64]:
@@ -56,13 +61,14 @@ def tune_weights(nats_MN: NDArray[Any]) -> NDArray[np.float64]:
     """
     p_MN = np.exp(nats_MN.min(axis=0) - nats_MN.astype(np.float64))  # a factor a token changes no share
     weights_M = np.full(len(p_MN), 1 / len(p_MN))
+    before = -math.inf
     for _ in range(MAX_ROUNDS):
         shares_MN = weights_M[:, None] * p_MN
-        better_M = (shares_MN / shares_MN.sum(axis=0)).mean(axis=1)
-        moved = np.abs(better_M - weights_M).max()
-        weights_M = better_M
-        if moved < TOLERANCE:
+        p_N = shares_MN.sum(axis=0)
+        gained = float(np.log(p_N).mean())
+        if gained - before < TOLERANCE:
             break
+        before, weights_M = gained, (shares_MN / p_N).mean(axis=1)
     return weights_M
 
 
@@ -87,18 +93,23 @@ def make_mixture_run(
     if (weights is None) == (tune_on is None):
         raise UlimiError("the weights of a mixture: give --tune FILE, a held-out text, or --weight for each model")
     _check_members(runs, names)
-    # Around all of it: that something is there already is not to be learnt after minutes of reading.
+    if weights is not None:
+        _check_weights(weights, len(runs))
+    # Around all the rest: that something is there already is not to be learnt after minutes of reading.
     with atomic_dir(out) as unfinished:
-        if weights is not None:
-            _check_weights(weights, len(runs))
+        if tune_on is None:
+            assert weights is not None
             load_mixture(runs, weights, device, kind=kind)  # do they fit together?
             mixed, tuned_on = Mixed(list(weights), [], None), None
         else:
-            assert tune_on is not None
             text = encode_file(tune_on, runs[0].tokenizer)
             mixed, tuned_on = _tune(runs, names, tune_on, text, device, kind), describe_text(tune_on, text)
         for number, run in enumerate(runs, start=1):
-            _copy_member(run, unfinished / MEMBERS / str(number))
+            member_dir = unfinished / MEMBERS / str(number)
+            member_dir.mkdir(parents=True)
+            told = [run.dir / name for name in TOLD]
+            for path in [*run.model_files(), *filter(Path.is_file, told)]:
+                shutil.copyfile(path, member_dir / path.name)
         runs[0].tokenizer.save(unfinished)
         eos = runs[0].tokenizer.eos_id
         write_json(unfinished / "config.json", {
@@ -109,23 +120,18 @@ def make_mixture_run(
         if mixed.together is not None:
             meta["scores"] = {"tuned": mixed.together.as_dict()}
         write_json(unfinished / "meta.json", meta)
-    write_text(out / "README.md", model_card(Run(out, meta)))
+        write_text(unfinished / "README.md", model_card(Run(unfinished, meta), out))
     return mixed
-
-
-def _copy_member(run: Run, member_dir: Path) -> None:
-    member_dir.mkdir(parents=True)
-    extra = [run.dir / name for name in ("meta.json", "tokenizer_config.json", CARD)]
-    for path in [*run.model_files(), *filter(Path.is_file, extra)]:
-        shutil.copyfile(path, member_dir / path.name)
 
 
 def _check_members(runs: Sequence[Run], names: Sequence[str]) -> None:
     if len(runs) < 2:
         raise UlimiError(f"a mixture needs two models or more; given: {', '.join(names) or 'none'}")
-    for run, name in zip(runs, names, strict=True):
+    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
         if run.kind == MIXTURE:
-            raise UlimiError(f"{name} is a mixture itself; give its members, {', '.join(run.meta.get('members', []))}")
+            raise UlimiError(f"{name} is a mixture itself; give its members: {run.dir / MEMBERS}/1 and so on")
+        if run.dir.resolve() in [other.dir.resolve() for other in runs[:place]]:
+            raise UlimiError(f"{name} is given twice; once has the same effect")
         if run.tokenizer.to_str() != runs[0].tokenizer.to_str():
             raise UlimiError(
                 f"{name} has another tokenizer than {names[0]}; models of one mixture need the same one: "
@@ -163,4 +169,4 @@ def _tune(runs: Sequence[Run], names: Sequence[str], path: Path, text: EncodedTe
         raise UlimiError(
             f"--tune {path}: {least} adds nothing there, its weight would be {weights_M.min():.4f}; leave it out"
         )
-    return Mixed(weights_M.tolist(), alone, together)
+    return Mixed(weights_M.tolist(), alone, together, text.num_unknown)

@@ -141,9 +141,10 @@ class WeightDropLSTM(nn.Module):
         mask_hh = None
         if self.weight_dropout > 0.0:
             mask_hh = dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
-        if x_BTI.is_cuda and torch.version.hip is None:  # ROCm says cuda, too, and has no cuDNN
+        if cuda.has_cudnn(x_BTI.device):
             return cuda.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)
-        if weight_hh.dtype == x_BTI.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        is_float32 = weight_hh.dtype == x_BTI.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if x_BTI.device.type == "cpu" and is_float32:
             return cpu.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)
         dropped_hh = weight_hh if mask_hh is None else weight_hh * mask_hh
         out = functional_call(self.lstm, {"weight_hh_l0": dropped_hh}, (x_BTI, state))

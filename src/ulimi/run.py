@@ -22,6 +22,7 @@ Light floor: reading a run folder needs no torch.
 
 import hashlib
 import json
+import math
 import tomllib
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,7 +80,7 @@ class Run:
         return (self.dir / WEIGHTS).is_file()
 
     def need_weights(self, what: str) -> None:
-        """Refuse an n-gram model, and a graph without its weights, on behalf of what needs floats or gradients."""
+        """Refuse what is no network, and a graph without its weights, on behalf of what needs floats or gradients."""
         self.need_network(what)
         if not self.has_weights and (self.dir / ONNX).is_file():
             raise UlimiError(
@@ -141,9 +142,15 @@ class Run:
 
     def members(self) -> list["Run"]:
         """Open what a mixture is made of; of other models there is none."""
-        weights = self.config.get("weights") if self.kind == MIXTURE else []
-        if not isinstance(weights, list) or not all(isinstance(w, float) and 0 < w < 1 for w in weights):
-            raise UlimiError(f"{self.dir}/config.json: weights is {weights!r}; allowed: numbers between 0 and 1")
+        if self.kind != MIXTURE:
+            return []
+        weights = self.config.get("weights")
+        if (
+            not isinstance(weights, list)
+            or not all(isinstance(w, float) and 0 < w < 1 for w in weights)
+            or not math.isclose(sum(weights), 1, abs_tol=1e-6)
+        ):
+            raise UlimiError(f"{self.dir}/config.json: weights is {weights!r}; allowed: some that add up to 1")
         return [open_run(self.dir / MEMBERS / str(number)) for number in range(1, len(weights) + 1)]
 
     def model_files(self) -> list[Path]:

@@ -231,7 +231,7 @@ class Study:
         Args:
             models: those of the settings; the first gives MAUVE its features.
             names: strategies to take, by the beginning of their names; all for none. Contrastive search is left out
-                for a model without outputs, an n-gram model.
+                for a model without outputs, which is no network.
             attested: whether a word, in lower case without punctuation, is known; None: not measured.
             on_cell: told what comes next, how many cells are done, and how many there are.
 

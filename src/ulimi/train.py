@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ulimi.corpus import Corpus, read_lines
-from ulimi.cuda import PRECISIONS, GraphedStep, Step, product_precision
+from ulimi.cuda import PRECISIONS, GraphedStep, Step, has_cudnn, product_precision
 from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
@@ -244,7 +244,7 @@ class Trainer:
         self.state: State = self.model.initial_state(recipe.data.batch_size)
         self.take_gradients: Step = self.gradients
         # The entmax loss looks at values to know when it is done, which a graph cannot.
-        if self.device.type == "cuda" and recipe.loss.kind == "cross_entropy":
+        if has_cudnn(self.device) and recipe.loss.kind == "cross_entropy":
             self.take_gradients = GraphedStep(self.gradients, list(self.model.parameters()), self.rng)
         self.progress = Progress(data_digest=self._data_digest(), device=self.device.type)
         self.best: dict[str, Tensor] | None = None
