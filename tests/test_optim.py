@@ -122,7 +122,7 @@ def test_weight_decay_is_on_all_parameters(kind):
 
 @pytest.mark.parametrize(
     ("kind", "lr", "weight_decay", "max_grad_norm"),
-    [("sgd", 30.0, 1.2e-6, 0.25), ("nt-asgd", 30.0, 1.2e-6, 0.25), ("adamw", 3e-3, 0.01, 1.0)],
+    [("sgd", 30.0, 1.2e-6, 0.25), ("nt-asgd", 30.0, 1.2e-6, 0.25), ("adamw", 6e-3, 0.01, 1.0)],
 )
 def test_each_optimizer_has_defaults_of_its_own(kind, lr, weight_decay, max_grad_norm):
     recipe = optim_recipe(kind)

@@ -25,9 +25,9 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 OPTIM_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 30.0, "weight_decay": 1.2e-6, "max_grad_norm": 0.25, "max_epochs": 500},
     "nt-asgd": {"lr": 30.0, "weight_decay": 1.2e-6, "max_grad_norm": 0.25, "max_epochs": 500},
-    "adamw": {"lr": 3e-3, "weight_decay": 0.01, "max_grad_norm": 1.0, "max_epochs": 20},
+    "adamw": {"lr": 6e-3, "weight_decay": 0.01, "max_grad_norm": 1.0, "max_epochs": 20},
 }
-"""Each optimizer has its own scale of learning rate: 30 makes AdamW diverge, 3e-3 makes SGD stand still."""
+"""Each optimizer has its own scale of learning rate: 30 makes AdamW diverge, 6e-3 makes SGD stand still."""
 
 
 class _Section(BaseModel):
@@ -102,7 +102,7 @@ class OptimRecipe(_Section):
     kind: Literal["sgd", "nt-asgd", "adamw"] = "adamw"
     """plain SGD; SGD, then its average by the non-monotonic trigger (sec. 3); AdamW, warm-up and cosine"""
     lr: float = Field(gt=0)
-    """learning rate of a window of bptt tokens; by default 30 for sgd and nt-asgd, 3e-3 for adamw [lr]"""
+    """learning rate of a window of bptt tokens; by default 30 for sgd and nt-asgd, 6e-3 for adamw; smaller networks want more [lr]"""
     rescale_lr: bool = True
     """lr x (length of the window) / bptt (sec. 4.1)"""
     weight_decay: float = Field(ge=0)
