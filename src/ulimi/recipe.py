@@ -102,7 +102,7 @@ class OptimRecipe(_Section):
     kind: Literal["sgd", "nt-asgd", "adamw"] = "adamw"
     """plain SGD; SGD, then its average by the non-monotonic trigger (sec. 3); AdamW, warm-up and cosine"""
     lr: float = Field(gt=0)
-    """learning rate of a window of bptt tokens; by default 30 for sgd and nt-asgd, 6e-3 for adamw; smaller networks want more [lr]"""
+    """learning rate of a window of bptt tokens; by default 30 for sgd and nt-asgd, 6e-3 for adamw [lr]"""
     rescale_lr: bool = True
     """lr x (length of the window) / bptt (sec. 4.1)"""
     weight_decay: float = Field(ge=0)
