@@ -45,6 +45,20 @@ def synthetic_lines(num_lines: int, seed: int = 0) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=rng.randint(4, 10))).capitalize() + "." for _ in range(num_lines)]
 
 
+def commands_that_look_inside(run_dir: Path, corpus_dir: Path, out: Path) -> list[tuple[object, ...]]:
+    """What every model that is no network must refuse, in one way."""
+    valid, train = corpus_dir / "valid.txt", ("train", corpus_dir, "--out", out, "--init-from", run_dir)
+    return [
+        ("evaluate", valid, "-m", run_dir, "--cache"),
+        ("evaluate", valid, "-m", run_dir, "--dynamic"),
+        ("export", run_dir),
+        ("release", run_dir, "--out", out, "--card", valid),
+        train,
+        (*train, "--new-tokenizer"),
+        (*train, "--recipe", "demo"),
+    ]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory):
     """Keep encoded texts out of the user's own cache, in subprocesses too."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import TINY, synthetic_lines
+from conftest import TINY, commands_that_look_inside, synthetic_lines
 from test_run import WITHOUT_HEAVY, python
 from ulimi.baseline import TokenizerSettings, make_ngram_run
 from ulimi.corpus import open_corpus
@@ -229,7 +229,7 @@ def mixed_dir(tmp_path_factory, corpus_dir, ngram_dir, another_dir):
 
 
 def bits(works, text, *args):
-    return json.loads(works("evaluate", text, *args, "--json").out)["bits_per_char"]
+    return works("evaluate", text, *args, "--json").json[0]["bits_per_char"]
 
 
 def test_a_mixture_is_better_than_its_members_and_says_so(works, tmp_path, corpus_dir, ngram_dir, another_dir):
@@ -271,16 +271,16 @@ def test_weights_can_be_said(works, tmp_path, corpus_dir, tiny_run, ngram_dir):
 
 def test_every_command_takes_it(works, mixed_dir, corpus_dir):
     valid, m = corpus_dir / "valid.txt", ("-m", mixed_dir)
-    stream = json.loads(works("evaluate", valid, *m, "--json").out)
+    stream = works("evaluate", valid, *m, "--json").json[0]
     assert json.loads((mixed_dir / "meta.json").read_text())["scores"]["tuned"]["nats"] == pytest.approx(
         stream["nats"], rel=1e-6
     )
-    stateless = json.loads(works("evaluate", valid, *m, "--stateless", "--json").out)
+    stateless = works("evaluate", valid, *m, "--stateless", "--json").json[0]
     rows = works("score", valid, *m, "--json").json
     assert sum(row["nats"] for row in rows) == pytest.approx(stateless["nats"], rel=1e-6)
-    spared = json.loads(works("evaluate", valid, *m, "--keystrokes", "--max-lines", 3, "--json").out)
+    spared = works("evaluate", valid, *m, "--keystrokes", "--max-lines", 3, "--json").json[0]
     assert 0 < spared["spared"] < 1
-    distribution = json.loads(works("evaluate", valid, *m, "--distribution", "--epsilon", 0, "--json").out)
+    distribution = works("evaluate", valid, *m, "--distribution", "--epsilon", 0, "--json").json[0]
     assert distribution["epsilon_perplexity"] == pytest.approx(stream["perplexity"], rel=1e-6)
     text = works("generate", "Abantu", *m, "--seed", 1, "--max-tokens", 12, "--probabilities").out
     assert text.startswith("Abantu")
@@ -308,7 +308,7 @@ def test_its_folder_says_what_it_is(works, mixed_dir, corpus_dir):
     assert str(corpus_dir / "valid.txt") in facts["weights tuned on"]
     assert "trained on" not in facts
     assert all(value in works("info", mixed_dir).out for value in facts.values())
-    assert json.loads(works("info", mixed_dir, "--json").out)["config"]["weights"] == weights
+    assert works("info", mixed_dir, "--json").json[0]["config"]["weights"] == weights
     card = (mixed_dir / "README.md").read_text()
     assert card == model_card(run)
     assert "whose probabilities are averaged" in card
@@ -432,17 +432,10 @@ def test_a_folder_appears_when_it_is_full(tmp_path):
 
 
 def test_what_looks_inside_a_network_refuses(refused, tmp_path, corpus_dir, mixed_dir):
-    valid, m = corpus_dir / "valid.txt", ("-m", mixed_dir)
     said = f"{mixed_dir} holds a mixture of models; this needs a network"
-    for command in (
-        ("evaluate", valid, *m, "--cache"),
-        ("evaluate", valid, *m, "--dynamic"),
-        ("export", mixed_dir),
-        ("release", mixed_dir, "--out", tmp_path / "new", "--card", valid),
-        ("train", corpus_dir, "--out", tmp_path / "new", "--init-from", mixed_dir),
-    ):
+    for command in commands_that_look_inside(mixed_dir, corpus_dir, tmp_path / "new"):
         assert said in refused(*command)
-    assert "no hidden layer" in refused("generate", "Abantu", *m, "--contrastive", 0.6)
+    assert "no hidden layer" in refused("generate", "Abantu", "-m", mixed_dir, "--contrastive", 0.6)
 
 
 @pytest.mark.parametrize(("spoil", "said"), [
@@ -487,11 +480,11 @@ def test_the_licence_of_a_member_is_passed_on(works, tmp_path):
     works("mix", "isizulu", tmp_path / "ngram", "-o", out, "--tune", tmp_path / "valid.txt")
     card = out / "members" / "1" / "MODEL_CARD.md"
     assert "CC BY-SA 4.0" in card.read_text()
-    assert f"licence, limits  {card}" in " ".join(works("info", out).out.split()).replace("limits ", "limits  ")
+    assert ["licence,", "limits", str(card)] in [line.split() for line in works("info", out).out.splitlines()]
     assert str(card) in (out / "README.md").read_text()
     # A member is a run folder like any other.
     assert "10.8M parameters" in works("info", out / "members" / "1").out
-    assert "recipe" in json.loads(works("info", out / "members" / "1", "--json").out)
+    assert "recipe" in works("info", out / "members" / "1", "--json").json[0]
 
 
 def test_words_that_a_closed_vocabulary_lacks_are_noted(ulimi, works, tmp_path, corpus_dir):

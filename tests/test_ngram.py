@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import synthetic_lines
+from conftest import commands_that_look_inside, synthetic_lines
 from reference import KneserNey
 from test_run import WITHOUT_HEAVY, python
 from ulimi.baseline import TokenizerSettings, make_ngram_run
@@ -507,15 +507,10 @@ def test_what_looks_inside_a_network_refuses(refused, tmp_path, corpus_dir, ngra
     valid, m = corpus_dir / "valid.txt", ("-m", ngram_dir)
     said = f"{ngram_dir} holds an n-gram model; this needs a network"
     for command in (
-        ("evaluate", valid, *m, "--cache"),
-        ("evaluate", valid, *m, "--dynamic"),
+        *commands_that_look_inside(ngram_dir, corpus_dir, tmp_path / "new"),
         ("evaluate", valid, *m, "--engine", "onnx"),
         ("score", valid, *m, "--engine", "torch"),
         ("generate", *m, "--engine", "torch", "--seed", 1),
-        ("export", ngram_dir),
-        ("train", corpus_dir, "--out", tmp_path / "new", "--init-from", ngram_dir),
-        ("train", corpus_dir, "--out", tmp_path / "new", "--init-from", ngram_dir, "--new-tokenizer"),
-        ("train", corpus_dir, "--out", tmp_path / "new", "--init-from", ngram_dir, "--recipe", "demo"),
     ):
         assert said in refused(*command)
     assert "nothing to resume" in refused("train", corpus_dir, "--out", ngram_dir, "--resume")

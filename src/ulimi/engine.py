@@ -325,7 +325,7 @@ class MixtureEngine:
         self.members = members
         self.vocab_size = sizes[0]
         self.batch_invariant = all(member.batch_invariant for member in members)
-        self._weights = weights
+        self._weights_M = np.array(weights)
 
     def initial_state(self, batch_size: int) -> EngineState:
         """Each member's, for `batch_size` streams."""
@@ -344,7 +344,7 @@ class MixtureEngine:
     ) -> tuple[NDArray[np.float32], EngineState]:
         """Read a window; give the nats of each target, (B, T)."""
         results = [member.nll(inputs_BT, targets_BT, own) for member, own in self._with(state)]
-        nats = mixed_nats(np.stack([nats_BT for nats_BT, _ in results]), np.array(self._weights))
+        nats = mixed_nats(np.stack([nats_BT for nats_BT, _ in results]), self._weights_M)
         return nats.astype(np.float32), [new for _, new in results]
 
     def logits(self, inputs_BT: NDArray[np.int64], state: EngineState) -> tuple[NDArray[np.float32], EngineState]:
@@ -374,7 +374,9 @@ class MixtureEngine:
         self, results: Sequence[tuple[NDArray[np.float32], EngineState]]
     ) -> tuple[NDArray[np.float32], EngineState]:
         # In float64, whose exponential is 0 only 745 nats below the best.
-        p = sum(weight * np.exp(log_probs(logits)) for weight, (logits, _) in zip(self._weights, results, strict=True))
+        p = sum(
+            weight * np.exp(log_probs(logits)) for weight, (logits, _) in zip(self._weights_M, results, strict=True)
+        )
         with np.errstate(divide="ignore"):
             return np.log(p).astype(np.float32), [new for _, new in results]
 

@@ -24,9 +24,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield unfinished
-        # A file system may write the new name before the content: after a power cut, an empty file.
-        with unfinished.open("r+b") as file:
-            os.fsync(file.fileno())
+        _sync_file(unfinished)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -50,8 +48,7 @@ def atomic_dir(out: Path) -> Iterator[Path]:
         yield unfinished
         for path in unfinished.rglob("*"):
             if path.is_file():
-                with path.open("r+b") as file:
-                    os.fsync(file.fileno())
+                _sync_file(path)
         unfinished.replace(out)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -71,6 +68,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _sync_file(path: Path) -> None:
+    """Bring the content to the disk before the name: else, after a power cut, there may be an empty file."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -41,9 +41,8 @@ def _facts(run: Run, place: Path) -> list[tuple[str, str]]:
         rows += [("trained on", _text(meta["data"]["train"])), ("validated on", _text(meta["data"]["valid"]))]
     if run.kind == AWD_LSTM:
         rows += _training_facts(run)
-    for part in (Path(), *(MEMBERS / str(number) for number in range(1, len(run.members()) + 1))):
-        if (run.dir / part / CARD).is_file():
-            rows.append(("licence, limits", str(place / part / CARD)))
+    for card in sorted([*run.dir.glob(CARD), *(run.dir / MEMBERS).glob(f"*/{CARD}")]):
+        rows.append(("licence, limits", str(place / card.relative_to(run.dir))))
     for name, score in meta.get("scores", {}).items():
         rows.append((f"score, {name}", score_text(score)))
     return rows

@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulimi.data import EncodedText, encode_file
-from ulimi.engine import load_mixture, mixed_nats
+from ulimi.engine import MixtureEngine, load_mixture, mixed_nats
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_dir, write_json, write_text
 from ulimi.info import model_card
 from ulimi.progress import counting
 from ulimi.provenance import describe_machine, describe_text, new_meta
-from ulimi.run import CARD, MEMBERS, MIXTURE, Run
+from ulimi.run import CARD, MEMBERS, MIXTURE, Run, are_shares
 from ulimi.score import Score, stream_nll
 
 TOLD = ("meta.json", "tokenizer_config.json", "recipe.toml", "metrics.jsonl", CARD)
@@ -97,13 +97,13 @@ def make_mixture_run(
         _check_weights(weights, len(runs))
     # Around all the rest: that something is there already is not to be learnt after minutes of reading.
     with atomic_dir(out) as unfinished:
-        if tune_on is None:
-            assert weights is not None
-            load_mixture(runs, weights, device, kind=kind)  # do they fit together?
-            mixed, tuned_on = Mixed(list(weights), [], None), None
-        else:
+        shares = list(weights or [1 / len(runs)] * len(runs))  # the same for all until they are tuned
+        # Also where nothing is tuned: do they fit together?
+        engine = load_mixture(runs, shares, device, kind=kind, exact=tune_on is not None)
+        mixed, tuned_on = Mixed(shares, [], None), None
+        if tune_on is not None:
             text = encode_file(tune_on, runs[0].tokenizer)
-            mixed, tuned_on = _tune(runs, names, tune_on, text, device, kind), describe_text(tune_on, text)
+            mixed, tuned_on = _tune(engine, runs, names, tune_on, text), describe_text(tune_on, text)
         for number, run in enumerate(runs, start=1):
             member_dir = unfinished / MEMBERS / str(number)
             member_dir.mkdir(parents=True)
@@ -143,21 +143,20 @@ def _check_weights(weights: Sequence[float], num: int) -> None:
     given = ", ".join(f"{weight:g}" for weight in weights)
     if len(weights) != num:
         raise UlimiError(f"--weight {given}: {num} models need {num} weights, in their order")
-    if not all(0 < weight < 1 for weight in weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+    if not are_shares(weights):
         raise UlimiError(f"--weight {given}: allowed: numbers between 0 and 1 that add up to 1")
 
 
-def _tune(runs: Sequence[Run], names: Sequence[str], path: Path, text: EncodedText, device: str, kind: str) -> Mixed:
+def _tune(engine: MixtureEngine, runs: Sequence[Run], names: Sequence[str], path: Path, text: EncodedText) -> Mixed:
     for run, name in zip(runs, names, strict=True):
         if asdict(text.stats).items() <= run.meta.get("data", {}).get("train", {}).items():
             raise UlimiError(
                 f"--tune {path}: is the training text of {name}, which would get all the weight; give a held-out text"
             )
     nats: list[NDArray[np.float32]] = []
-    engines = load_mixture(runs, [1 / len(runs)] * len(runs), device, kind=kind, exact=True).members
-    for engine, name in zip(engines, names, strict=True):
+    for member, name in zip(engine.members, names, strict=True):
         with counting(f"reading {path} with {name}, tokens") as on_tokens:
-            nats.append(np.concatenate(list(stream_nll(engine, text.ids, runs[0].tokenizer.eos_id, on_tokens))))
+            nats.append(np.concatenate(list(stream_nll(member, text.ids, runs[0].tokenizer.eos_id, on_tokens))))
     nats_MN = np.stack(nats)
     weights_M = tune_weights(nats_MN)
     together, *alone = (

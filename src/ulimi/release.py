@@ -49,14 +49,7 @@ def release(run: Run, out: Path, card_path: Path, *, max_bytes: int = MAX_BYTES)
     run.need_weights("ulimi release")
     with atomic_dir(out) as unfinished:
         _check_graph(run)
-        try:
-            card = card_path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8
-            raise UlimiError(f"--card {card_path}: cannot be read: {error}") from None
-        if not card.strip() or GAP in card:
-            gaps = [number for number, line in enumerate(card.splitlines(), start=1) if GAP in line]
-            where = f"gaps ({GAP}) in line {', '.join(map(str, gaps))}" if gaps else "nothing in it"
-            raise UlimiError(f"--card {card_path}: {where}; a card must be complete")
+        card = _read_card(card_path)
         for name in COPIED:
             shutil.copyfile(run.dir / name, unfinished / name)
         write_json(unfinished / "meta.json", _meta(run))
@@ -89,6 +82,19 @@ def _check_graph(run: Run) -> None:
             f"{run.dir}: {ONNX} differs from the weights by {difference} nats a token, int8 costs {cost} bits per "
             f"character; allowed: {MAX_DIFFERENCE:g} and {MAX_INT8_COST:g}"
         )
+
+
+def _read_card(path: Path) -> str:
+    """Read a model card, and refuse one that is not complete."""
+    try:
+        card = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise UlimiError(f"--card {path}: cannot be read: {error}") from None
+    if not card.strip() or GAP in card:
+        gaps = [number for number, line in enumerate(card.splitlines(), start=1) if GAP in line]
+        where = f"gaps ({GAP}) in line {', '.join(map(str, gaps))}" if gaps else "nothing in it"
+        raise UlimiError(f"--card {path}: {where}; a card must be complete")
+    return card
 
 
 def _meta(run: Run) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,11 +146,7 @@ class Run:
         if self.kind != MIXTURE:
             return []
         weights = self.config.get("weights")
-        if (
-            not isinstance(weights, list)
-            or not all(isinstance(w, float) and 0 < w < 1 for w in weights)
-            or not math.isclose(sum(weights), 1, abs_tol=1e-6)
-        ):
+        if not isinstance(weights, list) or not are_shares(weights):
             raise UlimiError(f"{self.dir}/config.json: weights is {weights!r}; allowed: some that add up to 1")
         return [open_run(self.dir / MEMBERS / str(number)) for number in range(1, len(weights) + 1)]
 
@@ -178,6 +175,11 @@ class Run:
             return [json.loads(line) for line in lines]
         except ValueError as error:
             raise UlimiError(f"{path}: cannot be read: {error}") from None
+
+
+def are_shares(weights: Sequence[Any]) -> bool:
+    """Tell whether these can be the weights of a mixture: numbers between 0 and 1 that add up to 1."""
+    return all(isinstance(w, float) and 0 < w < 1 for w in weights) and math.isclose(sum(weights), 1, abs_tol=1e-6)
 
 
 def shipped_models() -> list[str]:
