@@ -49,8 +49,6 @@ def commands_that_look_inside(run_dir: Path, corpus_dir: Path, out: Path) -> lis
     """What every model that is no network must refuse, in one way."""
     valid, train = corpus_dir / "valid.txt", ("train", corpus_dir, "--out", out, "--init-from", run_dir)
     return [
-        ("evaluate", valid, "-m", run_dir, "--cache"),
-        ("evaluate", valid, "-m", run_dir, "--dynamic"),
         ("export", run_dir),
         ("release", run_dir, "--out", out, "--card", valid),
         train,

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 import reference
 from ulimi import adapt
-from ulimi.adapt import Cache, Dynamic, gradient_stats, run_stats, score_adaptive
+from ulimi.adapt import Cache, Dynamic, adaptive_nll, gradient_stats, run_stats
 from ulimi.data import encode_file
 from ulimi.engine import TorchEngine, load_model, write_tensors
 from ulimi.errors import UlimiError
@@ -56,6 +56,10 @@ def make_ids(num, seed=2):
         if rng.random() < 0.4:
             ids[i] = ids[i - rng.integers(1, 5)]
     return ids.astype(np.uint16)
+
+
+def score_adaptive(*args, **kwargs) -> float:
+    return float(adaptive_nll(*args, **kwargs).sum())
 
 
 def weights_of(model):

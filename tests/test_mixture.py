@@ -10,9 +10,11 @@ import pytest
 
 from conftest import TINY, commands_that_look_inside, synthetic_lines
 from test_run import WITHOUT_HEAVY, python
+from ulimi.adapt import Cache, Dynamic, adaptive_nll, run_stats
 from ulimi.baseline import TokenizerSettings, make_ngram_run
 from ulimi.corpus import open_corpus
-from ulimi.engine import MixtureEngine, load_engine, mixed_nats
+from ulimi.data import encode_file
+from ulimi.engine import MixtureEngine, load_engine, load_model, mixed_nats
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_dir
 from ulimi.generate import Sampling, generate, score_prompt
@@ -21,6 +23,7 @@ from ulimi.mixture import tune_weights
 from ulimi.ngram import NgramEngine, count_ngrams
 from ulimi.recipe import load_recipe
 from ulimi.run import open_run
+from ulimi.score import stream_nll
 from ulimi.tokenizer import Tokenizer
 from ulimi.train import train
 
@@ -294,6 +297,57 @@ def test_a_text_does_not_depend_on_those_beside_it(works, mixed_dir):
     alone = works("generate", "Abantu", "-m", mixed_dir, "--seed", 3, "--max-tokens", 15, "--num", 1, "--json").json
     several = works("generate", "Abantu", "-m", mixed_dir, "--seed", 3, "--max-tokens", 15, "--num", 3, "--json").json
     assert alone[0]["text"] == several[0]["text"]
+
+
+ADAPTING = pytest.mark.parametrize(
+    ("args", "how"),
+    [
+        (["--cache", "--cache-lambda", 0.3], {"cache": Cache(lambda_=0.3)}),
+        (["--dynamic", "--dynamic-lr", 1e-3], {"dynamic": Dynamic(lr=1e-3)}),
+        (["--cache", "--dynamic", "--dynamic-lr", 1e-3], {"cache": Cache(), "dynamic": Dynamic(lr=1e-3)}),
+    ],
+)
+
+
+@ADAPTING
+def test_its_networks_can_adapt_while_they_read(works, mixed_dir, corpus_dir, args, how):
+    test = corpus_dir / "test.txt"
+    run = open_run(mixed_dir)
+    network, ngram = run.members()
+    text = encode_file(test, run.tokenizer)
+    model, eos = load_model(network), run.tokenizer.eos_id
+    stats = run_stats(network, model) if "dynamic" in how else None
+    own_2N = np.stack(
+        [
+            adaptive_nll(model, text.ids, eos, **how, stats=stats),
+            np.concatenate(list(stream_nll(load_engine(ngram), text.ids, eos))),
+        ]
+    )
+    first, second = run.config["weights"]
+    truth = -np.log(first * np.exp(-own_2N[0]) + second * np.exp(-own_2N[1])).sum()
+    nats = works("evaluate", test, "-m", mixed_dir, *args, "--json").json[0]["nats"]
+    assert nats == pytest.approx(truth, rel=1e-6)
+    assert nats != pytest.approx(works("evaluate", test, "-m", mixed_dir, "--json").json[0]["nats"], rel=1e-3)
+
+
+def test_without_learning_it_scores_as_it_does_without_adapting(works, mixed_dir, corpus_dir):
+    text, m = corpus_dir / "valid.txt", ("-m", mixed_dir, "--json")
+    standstill = ("--dynamic", "--dynamic-lr", 0, "--dynamic-decay", 0)
+    nats = [works("evaluate", text, *m, *args).json[0]["nats"] for args in ((), standstill)]
+    assert nats[0] == pytest.approx(nats[1], rel=1e-6)
+
+
+def test_each_of_its_networks_needs_what_adapting_needs(works, refused, tmp_path, corpus_dir, mixed_dir, ngram_dir):
+    valid = corpus_dir / "valid.txt"
+    folder = shutil.copytree(mixed_dir, tmp_path / "mixed")
+    (folder / "members" / "1" / "model.safetensors").unlink()
+    assert "members/1 has no float weights" in refused("evaluate", valid, "-m", folder, "--dynamic")
+    # Of n-gram models alone there is none.
+    make_ngram_run(corpus_dir, tmp_path / "other", order=2, settings=TokenizerSettings(ngram_dir))
+    works("mix", ngram_dir, tmp_path / "other", "-o", tmp_path / "ngrams", "--weight", 0.5, "--weight", 0.5)
+    for option in ("--cache", "--dynamic"):
+        said = refused("evaluate", valid, "-m", tmp_path / "ngrams", option)
+        assert f"{option}: {tmp_path / 'ngrams'} holds a mixture of models; this needs a network" in said
 
 
 def test_its_folder_says_what_it_is(works, mixed_dir, corpus_dir):

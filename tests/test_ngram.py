@@ -508,6 +508,8 @@ def test_what_looks_inside_a_network_refuses(refused, tmp_path, corpus_dir, ngra
     said = f"{ngram_dir} holds an n-gram model; this needs a network"
     for command in (
         *commands_that_look_inside(ngram_dir, corpus_dir, tmp_path / "new"),
+        ("evaluate", valid, *m, "--cache"),
+        ("evaluate", valid, *m, "--dynamic"),
         ("evaluate", valid, *m, "--engine", "onnx"),
         ("score", valid, *m, "--engine", "torch"),
         ("generate", *m, "--engine", "torch", "--seed", 1),

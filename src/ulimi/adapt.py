@@ -14,18 +14,30 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ulimi.data import Ids, encode_file, make_streams
-from ulimi.engine import EVALUATION_WINDOW, read_tensors, write_tensors
+from ulimi.engine import (
+    EVALUATION_WINDOW,
+    Engine,
+    choose_device,
+    load_engine,
+    load_model,
+    mixed_nats,
+    read_tensors,
+    write_tensors,
+)
 from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM, State, detach_state
-from ulimi.run import Run
+from ulimi.run import MIXTURE, NGRAM, Run
+from ulimi.score import stream_nll
 
 Stats = dict[str, Tensor]
 """parameter name -> mean square of its gradients"""
@@ -72,7 +84,7 @@ def _check(option: str, value: float, ok: bool, allowed: str) -> None:
         raise UlimiError(f"{option} {value}: allowed is {allowed}")
 
 
-def score_adaptive(
+def adaptive_nll(
     model: AWDLSTM,
     ids: Ids,
     eos_id: int,
@@ -81,8 +93,8 @@ def score_adaptive(
     dynamic: Dynamic | None = None,
     stats: Stats | None = None,
     on_tokens: Callable[[int], None] = lambda done: None,
-) -> float:
-    """Total nats of a text read as one stream by a model that adapts while it reads.
+) -> NDArray[np.float64]:
+    """Give the nats of each token of a text, (N,), read as one stream by a network that adapts while it reads.
 
     Args:
         model: the network; its weights and mode are as before when this returns, and after an error.
@@ -99,23 +111,22 @@ def score_adaptive(
     device = model.lm_head.bias.device
     memory = None if cache is None else _Memory(cache)
     state: State = model.initial_state(1)
-    nats, before = 0.0, eos_id
+    nats_N, before = np.empty(len(ids)), eos_id
     with restored(model), without_dropout(model), torch.set_grad_enabled(dynamic is not None):
         updater = None if dynamic is None or stats is None else _Updater(model, dynamic, stats)
         for start in range(0, len(ids), window):
             targets_1T = torch.from_numpy(np.asarray(ids[start : start + window], dtype=np.int64))[None].to(device)
             inputs_1T = torch.cat([torch.tensor([[before]], device=device), targets_1T[:, :-1]], dim=1)
             out = model(inputs_1T, state)
-            nll = F.cross_entropy(out.logits[0], targets_1T[0])
-            if memory is None:
-                nats += nll.item() * targets_1T.size(1)
-            else:
-                nats += memory.nll(out.raw[0].detach(), out.logits[0].detach(), targets_1T[0]).sum().item()
+            nll_T = own_T = F.cross_entropy(out.logits[0], targets_1T[0], reduction="none")
+            if memory is not None:
+                own_T = memory.nll(out.raw[0].detach(), out.logits[0].detach(), targets_1T[0])
+            nats_N[start : start + window] = own_T.detach().cpu().numpy()
             if updater is not None:
-                updater.step(nll)
+                updater.step(nll_T.mean())
             state, before = detach_state(out.state), int(targets_1T[0, -1])
             on_tokens(start + targets_1T.size(1))
-    return nats
+    return nats_N
 
 
 class _Memory:
@@ -179,8 +190,7 @@ class _Updater:
         gradients = torch.autograd.grad(nll, self._parameters)
         with torch.no_grad():
             weights = [p.detach() for p in self._parameters]
-            back = torch._foreach_sub(self._start, weights)
-            torch._foreach_addcmul_(weights, self._decay, back)
+            torch._foreach_lerp_(weights, self._start, self._decay)
             torch._foreach_addcmul_(weights, self._rate, gradients, -1)
 
 
@@ -277,3 +287,55 @@ def run_stats(
         with suppress(OSError):
             write_tensors(stats, kept)
     return stats
+
+
+def load_adaptive(
+    run: Run,
+    device: str = "auto",
+    *,
+    cache: Cache | None = None,
+    dynamic: Dynamic | None = None,
+    stats_from: Path | None = None,
+    on_batches: Callable[[int], None] = lambda done: None,
+) -> Callable[[Ids, Callable[[int], None]], float]:
+    """Make what scores texts with a network that adapts, or with a mixture whose networks do, each by itself.
+
+    The weights of a mixture stay what they are, and so do its n-gram models.
+
+    Args:
+        run: the network or the mixture.
+        device: of `ulimi.engine.choose_device`, for networks.
+        cache: of `adaptive_nll`.
+        dynamic: likewise.
+        stats_from: the networks' training text, see `run_stats`.
+        on_batches: told how many batches of a network's gradient statistics are done.
+
+    Returns:
+        Of the ids of a text, (N,), read as one stream, and what is told how many tokens are done, the total nats.
+
+    Raises:
+        UlimiError: there is no network, a network has no float weights or is sparse, or as of `run_stats`.
+    """
+    for network in run.networks("--cache" if dynamic is None else "--dynamic"):
+        if network.alpha != 1:
+            raise UlimiError(f"{network.dir} is a sparse model (entmax): --cache and --dynamic are for softmax models")
+    members, weights = (run.members(), run.config["weights"]) if run.kind == MIXTURE else ([run], [1.0])
+    eos_id = run.tokenizer.eos_id
+    readers: list[Callable[..., NDArray[np.float64]]] = []
+    for member in members:
+        if member.kind == NGRAM:
+            readers.append(partial(_static_nll, load_engine(member), eos_id=eos_id))
+            continue
+        model = load_model(member, choose_device(device))
+        stats = None if dynamic is None else run_stats(member, model, stats_from, on_batches)
+        readers.append(partial(adaptive_nll, model, eos_id=eos_id, cache=cache, dynamic=dynamic, stats=stats))
+
+    def nats(ids: Ids, on_tokens: Callable[[int], None]) -> float:
+        nats_MN = np.stack([read(ids, on_tokens=on_tokens) for read in readers])
+        return float(mixed_nats(nats_MN, np.array(weights)).sum())
+
+    return nats
+
+
+def _static_nll(engine: Engine, ids: Ids, eos_id: int, on_tokens: Callable[[int], None]) -> NDArray[np.float64]:
+    return np.concatenate(list(stream_nll(engine, ids, eos_id, on_tokens))).astype(np.float64)

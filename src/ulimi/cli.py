@@ -343,10 +343,8 @@ def evaluate(
         return
     scorer: Scorer
     if cache or dynamic:
-        run.need_weights("--cache" if cache else "--dynamic")
+        run.networks("--dynamic" if dynamic else "--cache")  # whoever has none needs no PyTorch either
         _need_extra("train")
-        if run.alpha != 1:
-            raise UlimiError(f"{run.dir} is a sparse model (entmax): --cache and --dynamic are for softmax models")
         from ulimi.adapt import Cache, Dynamic
 
         scorer = _adaptive_scorer(
@@ -470,20 +468,14 @@ def _static_scorer(run: "Run", engine: "Engine", stateless: bool) -> "Scorer":
 
 
 def _adaptive_scorer(run: "Run", device: str, stats_from: Path | None, cache: Any, dynamic: Any) -> "Scorer":
-    from ulimi.adapt import run_stats, score_adaptive
-    from ulimi.engine import choose_device, load_model
+    from ulimi.adapt import load_adaptive
     from ulimi.progress import counting
 
-    model = load_model(run, choose_device(device))
-    stats = None
-    if dynamic is not None:
-        with counting("gradient statistics of the training text, batch") as on_batches:
-            stats = run_stats(run, model, stats_from, on_batches)
+    with counting("gradient statistics of the training text, batch") as on_batches:
+        nats = load_adaptive(run, device, cache=cache, dynamic=dynamic, stats_from=stats_from, on_batches=on_batches)
 
     def adapting(path: Path, text: "EncodedText", on_tokens: Callable[[int], None]) -> float:
-        return score_adaptive(
-            model, text.ids, run.tokenizer.eos_id, cache=cache, dynamic=dynamic, stats=stats, on_tokens=on_tokens
-        )
+        return nats(text.ids, on_tokens)
 
     return adapting
 

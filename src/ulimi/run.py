@@ -150,6 +150,15 @@ class Run:
             raise UlimiError(f"{self.dir}/config.json: weights is {weights!r}; allowed: some that add up to 1")
         return [open_run(self.dir / MEMBERS / str(number)) for number in range(1, len(weights) + 1)]
 
+    def networks(self, what: str) -> list["Run"]:
+        """Give the network itself, or those of a mixture; refuse, as `need_weights` does, what has none of floats."""
+        found = [member for member in self.members() or [self] if member.kind == AWD_LSTM]
+        if not found:
+            self.need_network(what)
+        for network in found:
+            network.need_weights(what)
+        return found
+
     def model_files(self) -> list[Path]:
         """What decides how the model computes, as far as it is there."""
         names = (WEIGHTS, ONNX, NGRAMS, "config.json", "tokenizer.json")
