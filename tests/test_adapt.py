@@ -387,8 +387,8 @@ def test_a_static_pass_too_leaves_modes_as_before(model, fails):
     assert torch.is_grad_enabled()
 
 
-def test_gradients_are_taken_with_lstms_that_cudnn_can_differentiate(model):
-    # cuDNN refuses the backward pass of an LSTM in evaluation mode; ours has no dropout of its own.
+def test_gradients_are_taken_with_lstms_that_miopen_can_differentiate(model):
+    # It refuses, as cuDNN does, the backward pass of an LSTM in evaluation mode; ours has no dropout of its own.
     modes = []
 
     def look(_):

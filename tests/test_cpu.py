@@ -183,9 +183,14 @@ def test_the_model_takes_this_way_in_float32_and_pytorchs_otherwise(monkeypatch)
     assert len(calls) == 2
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x)
-    layer.eval()(x)
+    with torch.no_grad():
+        layer.eval()(x)
     layer.double().train()(x.double())
     assert len(calls) == 2
+    # Whoever takes gradients in evaluation mode, as dynamic evaluation does, goes it too, and without a mask.
+    layer.float().eval()(x)
+    assert len(calls) == 3
+    assert calls[-1][-1] is None
 
 
 def test_the_next_window_does_not_keep_this_one(way):

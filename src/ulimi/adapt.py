@@ -212,7 +212,7 @@ def without_dropout(model: AWDLSTM) -> Iterator[None]:
     was_training = model.training
     model.eval()
     for layer in model.layers:
-        layer.lstm.train()  # has no dropout of its own; cuDNN gives no gradients in evaluation mode
+        layer.lstm.train()  # has no dropout of its own; MIOpen gives no gradients in evaluation mode
     try:
         yield
     finally:

@@ -134,12 +134,12 @@ class WeightDropLSTM(nn.Module):
         self, x_BTI: Tensor, state: LayerState | None = None, rng: torch.Generator | None = None
     ) -> tuple[Tensor, LayerState]:
         """Map (B, T, I) to (B, T, H), starting from `state` or from zeros."""
-        if not self.training:
+        if not (self.training or torch.is_grad_enabled()):
             out: tuple[Tensor, LayerState] = self.lstm(x_BTI, state)
             return out
         weight_ih, weight_hh, bias_ih, bias_hh = self.lstm.all_weights[0]
         mask_hh = None
-        if self.weight_dropout > 0.0:
+        if self.training and self.weight_dropout > 0.0:
             mask_hh = dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
         if cuda.has_cudnn(x_BTI.device):
             return cuda.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)
