@@ -56,9 +56,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object
 DEFAULT_MODEL = Path("isizulu")
 """ships with the package, see `ulimi.run.open_run`"""
 
-TOP_P = 0.8
-"""of `ulimi generate`, where nothing else is asked for; docs/generation.md says why"""
-
 PROBABILITY_COLOURS = ("green", "cyan", "yellow", "magenta", "red")
 """by `ulimi.words.PROBABILITY_STEPS`"""
 
@@ -627,7 +624,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 = all.")] = 0,
     top_p: Annotated[
         float | None,
-        typer.Option(help=f"Choose among the likeliest tokens that hold this much (1 = all; {TOP_P} if alone)."),
+        typer.Option(help="Choose among the likeliest tokens that hold this much (1 = all; 0.8 if alone)."),
     ] = None,
     min_p: Annotated[
         float, typer.Option(help="Choose among tokens at least so likely, the best being 1; 0 = all.")
@@ -670,9 +667,8 @@ def generate(
     from ulimi.corpus import read_lines
     from ulimi.engine import load_engine
     from ulimi.run import open_run
-    from ulimi.sampling import Sampling
     from ulimi.words import Ending
-    from ulimi.writer import Writer, Writing
+    from ulimi.writer import Writer, Writing, choose_sampling
 
     if prompts_from is not None and prompts:
         raise UlimiError(f"prompts are given twice: {prompts[0]!r} and --prompts {prompts_from}; choose one")
@@ -691,13 +687,10 @@ def generate(
         raise UlimiError(f"{given[0]} is for sampling; {searching} chooses without chance: leave one of them out")
     opened = open_run(model)
     loaded = load_engine(opened, device, kind=engine)
-    # A sparse model has made its own choice of tokens.
-    plain = loaded.alpha == 1 and not any(is_given for name, is_given in sampled.items() if name != "--seed")
     writing = Writing(
-        sampling=Sampling(
-            temperature=1.0 if temperature is None else temperature,
-            alpha=loaded.alpha if alpha is None else alpha,
-            top_k=top_k, top_p=(TOP_P if plain else 1.0) if top_p is None else top_p, min_p=min_p, typical=typical,
+        sampling=choose_sampling(
+            loaded, temperature=temperature, alpha=alpha, top_k=top_k or None, top_p=top_p, min_p=min_p or None,
+            typical=None if typical == 1 else typical,
         ),
         ending=Ending(
             max_tokens=max_tokens, at=end, stops=tuple(text.replace("\\n", "\n") for text in stop or []),
@@ -750,18 +743,7 @@ def _generate_one(
         return
     for row, text in enumerate(texts):
         if as_json:
-            record: dict[str, Any] = {
-                "prompt": text.prompt, "text": text.text, "seed": seed, "index": row,
-                "nats": text.nats if math.isfinite(text.nats) else None,  # a sparse model may rule out a token
-                "num_tokens": text.num_tokens,
-            }  # fmt: skip
-            if text.score is not None:
-                record["score"] = text.score
-            if probabilities:
-                record["words"] = [
-                    {"text": word.text, "probability": math.exp(word.logprob), "num_tokens": word.num_tokens}
-                    for word in [*before, *text.words]
-                ]
+            record = text.as_dict(row, seed, before if probabilities else None)
             typer.echo(json.dumps(record, ensure_ascii=False))
             continue
         if row:

@@ -4,6 +4,7 @@ A prompt may end anywhere, inside a word too: the text goes on from its letters 
 are. Light floor.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +31,25 @@ from ulimi.words import (
     words_in,
 )
 
+TOP_P = 0.8
+"""of sampling where nothing else is asked for; docs/generation.md says why"""
+
 CONTRASTIVE_TOP_K = 5
 """candidates of contrastive search where top_k is not given"""
+
+
+def choose_sampling(engine: Engine, **asked: Any) -> Sampling:
+    """Sample as was asked for; where nothing was, from the nucleus of `TOP_P`.
+
+    A sparse model has made its own choice of tokens: it gets no nucleus, and keeps its alpha.
+
+    Args:
+        engine: the model.
+        asked: fields of `Sampling`; None is as if it were not there.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    top_p = TOP_P if engine.alpha == 1 and not given else 1.0
+    return Sampling(**{"alpha": engine.alpha, "top_p": top_p, **given})
 
 
 @dataclass(frozen=True)
@@ -119,6 +137,28 @@ class Text:
     def num_tokens(self) -> int:
         """Of all words."""
         return sum(word.num_tokens for word in self.words)
+
+    def as_dict(self, index: int, seed: int | None, before: Sequence[Word] | None = None) -> dict[str, Any]:
+        """Give what is told of it in JSON.
+
+        Args:
+            index: its place among the texts of its prompt.
+            seed: of sampling; None of a search.
+            before: the words of the prompt, if the probabilities of all words are wanted.
+        """
+        record: dict[str, Any] = {
+            "prompt": self.prompt, "text": self.text, "seed": seed, "index": index,
+            "nats": self.nats if math.isfinite(self.nats) else None,  # a sparse model may rule out a token
+            "num_tokens": self.num_tokens,
+        }  # fmt: skip
+        if self.score is not None:
+            record["score"] = self.score
+        if before is not None:
+            record["words"] = [
+                {"text": word.text, "probability": math.exp(word.logprob), "num_tokens": word.num_tokens}
+                for word in [*before, *self.words]
+            ]
+        return record
 
 
 class Writer:
