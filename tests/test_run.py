@@ -33,7 +33,7 @@ LAYERS = [
     {"generate", "spelling", "baseline", "mixture", "judge"},
     {"beam", "suggest"},
     {"writer", "keystrokes"},
-    {"study"},
+    {"study", "serve"},
     {"report"},
     {"recipe", "cpu", "cuda", "plot"},
     {"model", "loss"},

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -810,6 +810,32 @@ def suggest(
             typer.echo("")
         for suggestion in found.words:
             typer.echo(f"{suggestion.word}\t{suggestion.probability:.4f}")
+
+
+@app.command()
+def serve(
+    model: ModelOption = DEFAULT_MODEL,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    allow_origin: Annotated[
+        str | None, typer.Option(metavar="ORIGIN", help="Let this web site's pages ask, too (* for all).")
+    ] = None,
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Answer over HTTP, in JSON: generate, suggest and score; with a page to try them on. Ctrl-C ends it."""
+    from ulimi.engine import load_engine
+    from ulimi.run import open_run
+    from ulimi.serve import Server, Service
+
+    run = open_run(model)
+    service = Service(run.dir.resolve().name, load_engine(run, device, kind=engine), run.tokenizer)
+    with Server(service, host, port, allow_origin) as server:
+        typer.echo(f"{server.url} serves {model}; Ctrl-C ends it")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 @app.command()
