@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -154,6 +155,18 @@ def test_a_connection_is_kept(server):
     assert int(answer.headers["Content-Length"]) > 10
     assert answer.read() == b""
     connection.close()
+
+
+def test_an_answer_does_not_wait_for_the_network(server):
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        connection.request("GET", "/model")
+        connection.getresponse().read()
+        seconds.append(time.perf_counter() - start)
+    connection.close()
+    assert sorted(seconds)[4] < 0.03, seconds  # TCP's delayed acknowledgement takes 0.04
 
 
 def test_the_page_asks_nobody_else(server):
