@@ -820,7 +820,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     allow_origin: Annotated[
-        str | None, typer.Option(metavar="ORIGIN", help="Let this web site's pages ask, too (* for all).")
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Let this site's pages ask, too; may be repeated.")
     ] = None,
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
@@ -828,14 +828,15 @@ def serve(
     """Answer over HTTP, in JSON: generate, suggest and score; with a page to try them on. Ctrl-C ends it."""
     from ulimi.engine import load_engine
     from ulimi.run import open_run
-    from ulimi.serve import Server, Service
+    from ulimi.serve import Service, listen, make_app, make_server, url_of
 
     run = open_run(model)
     service = Service(run.dir.resolve().name, load_engine(run, device, kind=engine), run.tokenizer)
-    with Server(service, host, port, allow_origin) as server:
-        typer.echo(f"{server.url} serves {model}; Ctrl-C ends it")
+    app = make_app(service, allow_origin or [], any_host=host not in ("127.0.0.1", "localhost"))
+    with listen(host, port) as listener:
+        typer.echo(f"{url_of(listener)} serves {model}; Ctrl-C ends it")
         with suppress(KeyboardInterrupt):
-            server.serve_forever()
+            make_server(app).run(sockets=[listener])
 
 
 @app.command()
