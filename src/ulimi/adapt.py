@@ -307,7 +307,7 @@ def load_adaptive(
         device: of `ulimi.engine.choose_device`, for networks.
         cache: of `adaptive_nll`.
         dynamic: likewise.
-        stats_from: the networks' training text, see `run_stats`.
+        stats_from: the networks' training text, one for all of them, see `run_stats`.
         on_batches: told how many batches of a network's gradient statistics are done.
 
     Returns:

@@ -288,7 +288,8 @@ def evaluate(
     dynamic_epsilon: Annotated[float | None, typer.Option(help="Added to the gradients' RMS (2e-5).")] = None,
     dynamic_window: Annotated[int | None, typer.Option(help="Tokens scored, then learned from, at once (10).")] = None,
     stats_from: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Training text for --dynamic's gradient statistics.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Training text for --dynamic's statistics; a mixture's networks share it."),
     ] = None,
     keystrokes: Annotated[
         bool, typer.Option("--keystrokes", help="The share of keystrokes that suggestions spare, instead.")
