@@ -20,7 +20,7 @@ Window = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 CONTEXT = 256
 SIZE = {"n_embd": 248, "n_layer": 6, "n_head": 4}
-"""with 4,000 tokens 5,503,616 parameters; the recipe isizulu-cpu has 5,494,688"""
+"""with 4,000 tokens 5,503,616 parameters; the networks of `quality.SIZES` have 5,494,688"""
 ROWS = 9
 """windows a step: 2,304 tokens; ours has 32 x 70 = 2,240"""
 DROPOUT = 0.1

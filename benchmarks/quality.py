@@ -19,7 +19,8 @@ epochs it will make: as many whole ones as fit, or miss it by a tenth of one, at
 the time, a minute at most); so its minutes, which the table shows, differ from those allowed. GPT-2's cosine follows
 the clock itself.
 
-    ours, ours-bf16   the recipe isizulu-cpu; products of matrices in bfloat16
+    ours, ours-bf16   the recipe isizulu-cpu but for its sizes, which are SIZES for all of ours, 5.5M parameters;
+                      products of matrices in bfloat16
     plain-lstm        the same network and optimizer without dropouts, weight drop, AR and TAR
     predecessor       the same network, AWD-LSTM's own optimizer: NT-ASGD at 30, clipped at 0.25, windows of 70, no
                       AR, TAR and weight decay, more dropout. Its average begins after six epochs at the earliest
@@ -72,6 +73,7 @@ from ulimi.train import Interrupted, Silent, Trainer
 
 Result = dict[str, Any]
 
+SIZES = ["model.embedding_size=256", "model.hidden_size=512", "model.num_layers=3"]
 NO_DROPOUT = [f"model.{kind}_dropout=0.0" for kind in ("embedding", "input", "hidden", "output", "weight")]
 NO_AR_TAR = ["loss.ar_alpha=0.0", "loss.tar_beta=0.0"]
 PREDECESSOR = [
@@ -171,7 +173,7 @@ def train_lstm(job: Job, run_dir: Path, overrides: list[str], precision: str) ->
     """Train by ulimi's own loop."""
 
     def begin(folder: Path, *more: str) -> tuple[Trainer, Watch]:
-        recipe, watch = load_recipe("isizulu-cpu", [*overrides, *more]), Watch(job.threads)
+        recipe, watch = load_recipe("isizulu-cpu", [*SIZES, *overrides, *more]), Watch(job.threads)
         trainer = Trainer(
             job.corpus, folder, recipe, init_from=None, new_tokenizer=False, resume=False, device="cpu",
             precision=precision, reporter=watch, cache_dir=job.out / "cache",
