@@ -63,11 +63,11 @@ class DataRecipe(_Section):
 class ModelRecipe(_Section):
     """The AWD-LSTM; these are the keyword arguments of `ulimi.model.AWDLSTM`."""
 
-    embedding_size: int = Field(256, ge=1)
-    """E [emsize]"""
+    embedding_size: int = Field(512, ge=1)
+    """E; a tied last layer is as wide, so with few tokens it is best not far below H [emsize]"""
     hidden_size: int = Field(512, ge=1)
-    """H, of every layer but a tied last one, which is as wide as the embedding [nhid]"""
-    num_layers: int = Field(3, ge=1)
+    """H, of every layer but a tied last one [nhid]"""
+    num_layers: int = Field(2, ge=1)
     """[nlayers]"""
     tie_weights: bool = True
     """decoder matrix = embedding matrix (sec. 4.5) [tied]"""
