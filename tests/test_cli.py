@@ -13,6 +13,7 @@ import sys
 import time
 import tomllib
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -669,7 +670,10 @@ def test_help_goes_to_standard_output(works, name):
 # Interruptions
 
 
-def test_signals_become_a_wish_and_a_second_one_ends_us():
+def test_signals_become_a_wish_and_a_second_one_ends_us(request):
+    # Whoever runs the tests in a shell's background has made Ctrl-C mean nothing to them.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for number in (signal.SIGINT, signal.SIGTERM):
         with cli._stop_on_signals() as should_stop:
