@@ -231,7 +231,8 @@ def test_an_answer_does_not_wait_for_the_network(server):
         connection.getresponse().read()
         seconds.append(time.perf_counter() - start)
     connection.close()
-    assert min(seconds) < 0.03, seconds  # TCP's delayed acknowledgement takes 0.04
+    # TCP's delayed acknowledgement takes 0.04 from the second answer on.
+    assert min(seconds[1:]) < 0.03, seconds
 
 
 def test_the_page_asks_nobody_else(server):

@@ -14,6 +14,7 @@ answers one request after another, in the order in which they came. Light floor.
 import asyncio
 import json
 import math
+import os
 import re
 import secrets
 import socket
@@ -294,11 +295,18 @@ def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise UlimiError(f"--port {port}: allowed: 0 (any free one) to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Its protocol must be named: or asyncio does not know that it is TCP, and an answer in two packets takes 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=family, backlog=256)
+        if os.name == "posix":  # elsewhere this would take an address from another program
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(256)
     except (OSError, UnicodeError) as error:
+        listener.close()
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UlimiError(f"--host {host} --port {port}: {reason}") from None
+    return listener
 
 
 def url_of(listener: socket.socket) -> str:
