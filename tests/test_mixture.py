@@ -320,7 +320,7 @@ def test_its_networks_can_adapt_while_they_read(works, mixed_dir, corpus_dir, ar
     own_2N = np.stack(
         [
             adaptive_nll(model, text.ids, eos, **how, stats=stats),
-            np.concatenate(list(stream_nll(load_engine(ngram), text.ids, eos))),
+            stream_nll(load_engine(ngram), text.ids, eos),
         ]
     )
     first, second = run.config["weights"]

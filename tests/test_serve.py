@@ -66,10 +66,10 @@ def server(service):
         yield server
 
 
-def send(server, path, body=None, *, kind="application/json", method=None):
+def send(server, path, body=None, *, kind="application/json", method=None, **headers):
     """Give status, headers and text of an answer."""
     data = json.dumps(body).encode() if body is not None and not isinstance(body, bytes) else body
-    request = urllib.request.Request(server.url + path, data, {"Content-Type": kind}, method=method)
+    request = urllib.request.Request(server.url + path, data, {"Content-Type": kind, **headers}, method=method)
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status, answer.headers, answer.read().decode()
@@ -385,14 +385,9 @@ def test_a_mistake_lets_the_next_one_in(server):
 
 def test_other_sites_may_ask_if_they_are_let(server, service):
     def asked_by(origin, server, path, body=None, method=None):
-        extra = {"Origin": origin, "Access-Control-Request-Method": "POST", "Content-Type": "application/json"}
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(server.url + path, data, extra, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return answer.status, answer.headers["Access-Control-Allow-Origin"]
-        except urllib.error.HTTPError as error:
-            return error.code, error.headers["Access-Control-Allow-Origin"]
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        status, headers, _ = send(server, path, body, method=method, **asked)
+        return status, headers["Access-Control-Allow-Origin"]
 
     ours, another = "https://keyboard.example", "https://other.example"
     requests = [("/suggest", {"text": "Ab"}), ("/suggest", {}), ("/model",), ("/suggest", None, "OPTIONS")]

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,6 @@ from torch import Tensor
 from ulimi.data import Ids, encode_file, make_streams
 from ulimi.engine import (
     EVALUATION_WINDOW,
-    Engine,
     choose_device,
     load_engine,
     load_model,
@@ -319,12 +319,12 @@ def load_adaptive(
     for network in run.networks("--cache" if dynamic is None else "--dynamic"):
         if network.alpha != 1:
             raise UlimiError(f"{network.dir} is a sparse model (entmax): --cache and --dynamic are for softmax models")
-    members, weights = (run.members(), run.config["weights"]) if run.kind == MIXTURE else ([run], [1.0])
+    weights = run.config["weights"] if run.kind == MIXTURE else [1.0]
     eos_id = run.tokenizer.eos_id
-    readers: list[Callable[..., NDArray[np.float64]]] = []
-    for member in members:
+    readers: list[Callable[..., NDArray[Any]]] = []
+    for member in run.members() or [run]:
         if member.kind == NGRAM:
-            readers.append(partial(_static_nll, load_engine(member), eos_id=eos_id))
+            readers.append(partial(stream_nll, load_engine(member), eos_id=eos_id))
             continue
         model = load_model(member, choose_device(device))
         stats = None if dynamic is None else run_stats(member, model, stats_from, on_batches)
@@ -335,7 +335,3 @@ def load_adaptive(
         return float(mixed_nats(nats_MN, np.array(weights)).sum())
 
     return nats
-
-
-def _static_nll(engine: Engine, ids: Ids, eos_id: int, on_tokens: Callable[[int], None]) -> NDArray[np.float64]:
-    return np.concatenate(list(stream_nll(engine, ids, eos_id, on_tokens))).astype(np.float64)

@@ -804,8 +804,7 @@ def suggest(
     for index, typed in enumerate(read_lines("-") if text == "-" else [text]):
         found = suggester.search(typed, num)
         if as_json:
-            record = {"text": typed, "suggestions": [asdict(word) for word in found.words], "covered": found.covered}
-            typer.echo(json.dumps(record, ensure_ascii=False))
+            typer.echo(json.dumps(found.as_dict(typed), ensure_ascii=False))
             continue
         if index:
             typer.echo("")
@@ -829,11 +828,11 @@ def serve(
     """Answer over HTTP, in JSON: generate, suggest and score; with a page to try them on. Ctrl-C ends it."""
     from ulimi.engine import load_engine
     from ulimi.run import open_run
-    from ulimi.serve import Service, listen, make_app, make_server, url_of
+    from ulimi.serve import LOOPBACK, Service, listen, make_app, make_server, url_of
 
     run = open_run(model)
     service = Service(run.dir.resolve().name, load_engine(run, device, kind=engine), run.tokenizer)
-    app = make_app(service, allow_origin or [], any_host=host not in ("127.0.0.1", "localhost"))
+    app = make_app(service, allow_origin or [], any_host=host not in LOOPBACK)
     with listen(host, port) as listener:
         typer.echo(f"{url_of(listener)} serves {model}; Ctrl-C ends it")
         with suppress(KeyboardInterrupt):

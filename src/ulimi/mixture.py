@@ -156,7 +156,7 @@ def _tune(engine: MixtureEngine, runs: Sequence[Run], names: Sequence[str], path
     nats: list[NDArray[np.float32]] = []
     for member, name in zip(engine.members, names, strict=True):
         with counting(f"reading {path} with {name}, tokens") as on_tokens:
-            nats.append(np.concatenate(list(stream_nll(member, text.ids, runs[0].tokenizer.eos_id, on_tokens))))
+            nats.append(stream_nll(member, text.ids, runs[0].tokenizer.eos_id, on_tokens))
     nats_MN = np.stack(nats)
     weights_M = tune_weights(nats_MN)
     together, *alone = (

@@ -159,13 +159,13 @@ def score_distribution(
 
 def score_stream(engine: Engine, ids: Ids, eos_id: int, on_tokens: Callable[[int], None] = lambda done: None) -> float:
     """Total nats of a text read as one stream; the arguments are those of `stream_nll`."""
-    return sum(float(nll_T.sum(dtype=np.float64)) for nll_T in stream_nll(engine, ids, eos_id, on_tokens))
+    return sum(float(nll_T.sum(dtype=np.float64)) for nll_T in _windows_nll(engine, ids, eos_id, on_tokens))
 
 
 def stream_nll(
     engine: Engine, ids: Ids, eos_id: int, on_tokens: Callable[[int], None] = lambda done: None
-) -> Iterator[NDArray[np.float32]]:
-    """Give the nats of each token of a text read as one stream, window by window, (T,).
+) -> NDArray[np.float32]:
+    """Give the nats of each token of a text read as one stream, (N,).
 
     Args:
         engine: the network; its state is carried from the first token to the last.
@@ -173,6 +173,13 @@ def stream_nll(
         eos_id: what stands before the first token.
         on_tokens: told how many tokens are done.
     """
+    return np.concatenate(list(_windows_nll(engine, ids, eos_id, on_tokens)))
+
+
+def _windows_nll(
+    engine: Engine, ids: Ids, eos_id: int, on_tokens: Callable[[int], None]
+) -> Iterator[NDArray[np.float32]]:
+    """Give what `stream_nll` does window by window, (T,)."""
     state = engine.initial_state(1)
     for inputs_1T, targets_1T, done in _windows(ids, eos_id):
         nll_1T, state = engine.nll(inputs_1T, targets_1T, state)

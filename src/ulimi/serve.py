@@ -19,7 +19,7 @@ import re
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,9 @@ PAGE = Path(__file__).with_name("web") / "index.html"
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
+LOOPBACK = ["127.0.0.1", "localhost"]
+"""names that only this machine is called by, from itself"""
+
 ORIGIN = re.compile(r"https?://[!-.0-~]+|\*")
 """what browsers send as Origin, or all of them"""
 
@@ -90,7 +93,7 @@ class Service:
         self._name, self._engine, self._tokenizer = name, engine, tokenizer
         self._suggester = Suggester(engine, tokenizer)
         # Making a writer takes as long as writing some words; most requests are alike but for their prompts.
-        self._writer = lru_cache(maxsize=16)(self._make_writer)
+        self._writer = lru_cache(maxsize=16)(partial(Writer, engine, tokenizer))
 
     def model(self) -> dict[str, Any]:
         """Say what model this is."""
@@ -122,9 +125,7 @@ class Service:
         given = _read(request, SUGGEST, needed="text")
         num = given.get("num", 5)
         _check_limit("num", num, MAX_NUM)
-        found = self._suggester.search(given["text"], num)
-        words = [{"word": word.word, "probability": word.probability} for word in found.words]
-        return {"text": given["text"], "suggestions": words, "covered": found.covered}
+        return self._suggester.search(given["text"], num).as_dict(given["text"])
 
     def score(self, request: Any) -> dict[str, Any]:
         """Score each line by itself, as `ulimi score` does."""
@@ -133,9 +134,6 @@ class Service:
             raise UlimiError(f"lines must each be one line; got one with a line end in it: {broken[0][:40]!r}")
         scored = list(score_lines(self._engine, self._tokenizer, lines))
         return {"lines": [{"text": line, **score.as_dict()} for line, score in scored]}
-
-    def _make_writer(self, writing: Writing) -> Writer:
-        return Writer(self._engine, self._tokenizer, writing)
 
 
 def _read(request: Any, fields: Mapping[str, type], needed: str | None = None) -> dict[str, Any]:
@@ -210,9 +208,11 @@ def make_app(service: Service, origins: Sequence[str] = (), *, any_host: bool = 
     async def model(_: Request) -> Response:
         return _json_response(service.model())
 
+    async def mistake(_: Request, error: Exception) -> Response:
+        return _json_response({"error": str(error)}, 400)
+
     async def refuse(request: Request, error: Exception) -> Response:
-        if not isinstance(error, HTTPException):
-            return _json_response({"error": str(error)}, 400)
+        assert isinstance(error, HTTPException)
         said, path = error.detail, request.url.path[:40]
         if error.status_code == 404:
             said = f"nothing at {path}; there are GET /, /model; POST {', '.join(asks)}"
@@ -228,20 +228,17 @@ def make_app(service: Service, origins: Sequence[str] = (), *, any_host: bool = 
 
     routes = [Route("/", page), Route("/model", model)]
     routes += [Route(path, _endpoint(answer, turn), methods=["POST"]) for path, answer in asks.items()]
-    middleware = (
-        [
-            Middleware(
-                CORSMiddleware, allow_origins=origins, allow_headers=["Content-Type"], allow_methods=["GET", "POST"]
-            )
-        ]
-        if origins
-        else []
-    )
+    middleware: list[Middleware] = []
+    if origins:
+        methods, headers = ["GET", "POST"], ["Content-Type"]
+        middleware.append(
+            Middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
+        )
     if not any_host:
-        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]))
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))
     return Starlette(
         routes=routes, middleware=middleware,
-        exception_handlers={UlimiError: refuse, HTTPException: refuse, MemoryError: too_large, Exception: fault},
+        exception_handlers={UlimiError: mistake, HTTPException: refuse, MemoryError: too_large, Exception: fault},
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ import heapq
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,10 @@ class Suggestions:
     covered: float
     """share of all ways to go on that are settled, as a word or as none; what lacks to 1 (and a thousandth, for ways to
     spell what was typed) is the most that a word's probability can be too low"""
+
+    def as_dict(self, text: str) -> dict[str, Any]:
+        """Give what is told of them in JSON, with the text that was typed."""
+        return {"text": text, "suggestions": [asdict(word) for word in self.words], "covered": self.covered}
 
 
 class Suggester:
