@@ -1,6 +1,7 @@
 """How long is an epoch on a GPU? The training step with and without graphs, in each precision, on a corpus's own text.
 
-    python benchmarks/gpu_step.py CORPUS [--recipe ptb] [--batch-sizes 20,80] [--steps 60] [--out FILE]
+    python benchmarks/gpu_step.py CORPUS [--recipe ptb] [--batch-sizes 20,80] [--steps 60] [--rows plain/fp32,…] \
+        [--out FILE]
 
 `plain` is the same code without what ulimi.cuda brings: nn.LSTM given its dropped matrix, whose weights cuDNN compacts
 at each call, launched kernel by kernel. Times are medians over windows, each waited for; an epoch is its number of
@@ -22,6 +23,18 @@ from ulimi.corpus import open_corpus
 from ulimi.data import Windows
 from ulimi.recipe import load_recipe
 from ulimi.train import Silent, Trainer
+
+ROWS = (
+    "plain/fp32",
+    "plain/tf32",
+    "layer/fp32",
+    "layer/bf16",
+    "graphs/fp32",
+    "graphs/tf32",
+    "graphs/bf16",
+    "graphs/fp16",
+)
+"""code and precision, see above; `layer` is ulimi.cuda without graphs"""
 
 
 def plain_layer(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh):
@@ -81,23 +94,20 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--recipe", default="ptb")
     parser.add_argument("--batch-sizes", default="20,80")
+    parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if unknown := set(args.rows.split(",")) - set(ROWS):
+        parser.error(f"--rows: no {', '.join(sorted(unknown))} among {', '.join(ROWS)}")
     if not torch.cuda.is_available():
         parser.error("it needs an NVIDIA GPU")
     on_cudnn = cuda.lstm
     rows = []
     for batch_size in args.batch_sizes.split(","):
-        for name, precision in [
-            ("plain", "fp32"),
-            ("plain", "tf32"),
-            ("layer", "fp32"),
-            ("layer", "bf16"),
-            *(("graphs", p) for p in ("fp32", "tf32", "bf16", "fp16")),
-        ]:
+        for name, precision in (row.split("/") for row in args.rows.split(",")):
             torch.cuda.reset_peak_memory_stats()
             cuda.lstm = plain_layer if name == "plain" else on_cudnn
             recipe = load_recipe(args.recipe, [f"data.batch_size={batch_size}", *args.set])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import TINY
-from ulimi.adapt import without_dropout
+from ulimi.adapt import Dynamic, adaptive_nll, gradient_stats, without_dropout
 from ulimi.corpus import open_corpus
 from ulimi.cuda import GraphedStep, lstm, product_precision
 from ulimi.errors import UlimiError
@@ -117,6 +117,22 @@ def test_without_dropout_the_model_is_the_evaluated_one_and_its_gradients_are_th
     trained = model(tokens.cuda(), state).logits
     with without_dropout(model):
         torch.testing.assert_close(model(tokens.cuda(), state).logits, trained, rtol=1e-3, atol=1e-4)
+
+
+@gpu
+def test_dynamic_evaluation_is_the_cpus():
+    model = tiny_model()
+    ids = np.random.default_rng(6).integers(0, 50, 300)
+    scores = {}
+    for device in ("cuda", "cpu"):
+        model.to(device)
+        stats = gradient_stats(model, ids, batch_size=3, bptt=20)
+        kept = [p.detach().clone() for p in model.parameters()]
+        scores[device] = adaptive_nll(model, ids, 0, dynamic=Dynamic(lr=2e-3), stats=stats)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), kept, strict=True))
+    static = adaptive_nll(model, ids, 0)
+    assert np.abs(scores["cpu"] - static).max() > 0.05
+    np.testing.assert_allclose(scores["cuda"], scores["cpu"], atol=5e-3)
 
 
 @gpu
