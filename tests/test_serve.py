@@ -248,7 +248,7 @@ def test_the_page_asks_nobody_else(server):
     assert "img-src data:" in policy
     assert not re.search(r"https?:|src=|@import", text)
     # What its script sends are fields that there are.
-    sent = dict(re.findall(r'ask\("(\w+)", \{(.*?)\}\)', text, re.S))
+    sent = dict(re.findall(r'ask\("(\w+)", \{(.*?)\}[,)]', text, re.S))
     assert sent.keys() == {"generate", "suggest", "score"}
     for path, fields in (("generate", GENERATE), ("suggest", SUGGEST), ("score", SCORE)):
         names = re.findall(r"(?:^|,)\s*(\w+)\s*(?=[:,]|$)", sent[path].strip())
@@ -269,6 +269,13 @@ class Elements(HTMLParser):
         self.all.append((tag, dict(attrs)))
 
 
+def test_the_script_of_the_page_finds_what_it_is_about():
+    text = PAGE.read_text(encoding="utf-8")
+    ids = [attrs["id"] for _, attrs in Elements(text).all if "id" in attrs]
+    assert len(set(ids)) == len(ids)
+    assert set(re.findall(r'(?:\$|number|onPress)\("(\w+)"', text)) <= set(ids)
+
+
 def test_the_page_can_be_used_without_seeing_it():
     text = PAGE.read_text(encoding="utf-8")
     elements = Elements(text).all
@@ -280,6 +287,8 @@ def test_the_page_can_be_used_without_seeing_it():
     assert {attrs["id"] for tag, attrs in elements if tag in ("input", "textarea")} == labelled | wrapped
     told = {attrs["id"] for _, attrs in elements if "aria-live" in attrs or attrs.get("role") in ("alert", "status")}
     assert told == {"suggestions", "error", "text", "figure", "scored"}
+    # A button that is disabled while it works loses the focus.
+    assert ".disabled" not in text
 
 
 @pytest.mark.parametrize(("scheme", "page"), [("light", "#ffffff"), ("dark", "#121212")])
