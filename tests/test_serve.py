@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from html.parser import HTMLParser
 from typing import NamedTuple
 
 import pytest
@@ -240,16 +241,76 @@ def test_the_page_asks_nobody_else(server):
     assert status == 200
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     assert text == PAGE.read_text(encoding="utf-8")
-    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    # Its icon is an empty one of its own: a browser that may not have it complains, without one it asks for another.
+    assert '<link rel="icon" href="data:,">' in text
+    assert "img-src data:" in policy
     assert not re.search(r"https?:|src=|@import", text)
     # What its script sends are fields that there are.
-    sent = dict(re.findall(r'ask\("(\w+)", \{(.*?)\}\)', text, re.S))
+    sent = dict(re.findall(r'ask\("(\w+)", \{(.*?)\}[,)]', text, re.S))
     assert sent.keys() == {"generate", "suggest", "score"}
     for path, fields in (("generate", GENERATE), ("suggest", SUGGEST), ("score", SCORE)):
         names = re.findall(r"(?:^|,)\s*(\w+)\s*(?=[:,]|$)", sent[path].strip())
         assert names
         assert set(names) <= fields.keys()
     assert f"STEPS = [{', '.join(f'{step:g}' for step in PROBABILITY_STEPS)}]" in text
+
+
+class Elements(HTMLParser):
+    """Tags and attributes of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.all = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.all.append((tag, dict(attrs)))
+
+
+def test_the_script_of_the_page_finds_what_it_is_about():
+    text = PAGE.read_text(encoding="utf-8")
+    ids = [attrs["id"] for _, attrs in Elements(text).all if "id" in attrs]
+    assert len(set(ids)) == len(ids)
+    assert set(re.findall(r'(?:\$|number|onPress)\("(\w+)"', text)) <= set(ids)
+
+
+def test_the_page_can_be_used_without_seeing_it():
+    text = PAGE.read_text(encoding="utf-8")
+    elements = Elements(text).all
+    assert [tag for tag, _ in elements if re.fullmatch(r"main|h\d", tag)] == ["main", "h1", "h2", "h2"]
+    # A name is read out only of what has a role; a field has a label; what changes by itself is told.
+    assert all("role" in attrs for tag, attrs in elements if tag == "div" and "aria-label" in attrs)
+    labelled = {attrs["for"] for tag, attrs in elements if tag == "label" and "for" in attrs}
+    wrapped = set(re.findall(r'<label>\w+ <\w+ id="(\w+)"', text))
+    assert {attrs["id"] for tag, attrs in elements if tag in ("input", "textarea")} == labelled | wrapped
+    told = {attrs["id"] for _, attrs in elements if "aria-live" in attrs or attrs.get("role") in ("alert", "status")}
+    assert told == {"suggestions", "error", "text", "figure", "scored"}
+    # A button that is disabled while it works loses the focus.
+    assert ".disabled" not in text
+
+
+@pytest.mark.parametrize(("scheme", "page"), [("light", "#ffffff"), ("dark", "#121212")])
+def test_the_colours_of_the_page_can_be_read(scheme, page):
+    def luminance(color):
+        """As WCAG 2 has it."""
+        digits = color[1:] if len(color) == 7 else "".join(digit * 2 for digit in color[1:])
+        parts = [int(digits[start : start + 2], 16) / 255 for start in (0, 2, 4)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    def contrast(one, other):
+        dark, bright = sorted((luminance(one), luminance(other)))
+        return (bright + 0.05) / (dark + 0.05)
+
+    text = PAGE.read_text(encoding="utf-8")
+    light, dark = (dict(re.findall(r"--(\w+): (#\w+)", rule)) for rule in re.findall(r":root \{(.*?)\}", text))
+    colors = light if scheme == "light" else light | dark
+    assert colors.keys() == {"line", "quiet", "p0", "p1", "p2", "p3", "p4"}
+    assert contrast("#000", "#fff") == pytest.approx(21)
+    assert contrast(colors.pop("line"), page) >= 3
+    assert min(contrast(color, page) for color in colors.values()) >= 4.5
 
 
 # --- What it refuses ---------------------------------------------------------------------------------

@@ -56,7 +56,9 @@ MAX_ITEMS = 1000
 
 PAGE = Path(__file__).with_name("web") / "index.html"
 # The page is one file and asks this server alone.
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 LOOPBACK = ["127.0.0.1", "localhost"]
