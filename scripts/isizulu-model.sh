@@ -36,23 +36,6 @@ stage() { echo "== $*" >&2; }
 # Make a folder whole or not at all: NAME.part becomes NAME when it is complete.
 finish() { mv "$out/$1.part" "$out/$1"; }
 
-# mixture NAME TEXT: a corpus of all training texts one after another, with TEXT as that of MAIN.
-mixture() {
-  local name=$1 main=$2 corpus file
-  [ ! -d "$out/$name" ] || return 0
-  rm -rf "$out/$name.part"
-  mkdir "$out/$name.part"
-  for corpus in "${MIX[@]}"; do
-    file=$corpora/$corpus/train.txt
-    [ "$corpus" != "$MAIN" ] || file=$main
-    cat "$file"
-    # The last line of one text must not run into the first of the next.
-    [ -z "$(tail -c 1 "$file")" ] || echo
-  done > "$out/$name.part/train.txt"
-  cp "$corpora/$MAIN/valid.txt" "$corpora/$MAIN/test.txt" "$out/$name.part/"
-  finish "$name"
-}
-
 # train RUN CORPUS RECIPE INIT_FROM SETTING…: start, go on, or leave alone what is finished.
 train() {
   local run=$out/$1 corpus=$out/$2 recipe=$3 from=$4
@@ -79,12 +62,21 @@ if [ ! -d "$out/clean" ]; then
 fi
 
 stage "1 of 3: pretraining on ${MIX[*]}"
-mixture mix "$corpora/$MAIN/train.txt"
+if [ ! -d "$out/mix" ]; then
+  rm -rf "$out/mix.part"
+  mkdir "$out/mix.part"
+  for name in "${MIX[@]}"; do
+    cat "$corpora/$name/train.txt"
+    # The last line of one text must not run into the first of the next.
+    [ -z "$(tail -c 1 "$corpora/$name/train.txt")" ] || echo
+  done > "$out/mix.part/train.txt"
+  cp "$corpora/$MAIN/valid.txt" "$corpora/$MAIN/test.txt" "$out/mix.part/"
+  finish mix
+fi
 train pretrain mix "$PRETRAIN_RECIPE" "" "${pretrain[@]}"
 
-stage "2 of 3: finetuning on the same with $MAIN cleaned"
-mixture clean-mix "$out/clean/train.txt"
-train finetune clean-mix "$FINETUNE_RECIPE" pretrain "${finetune[@]}"
+stage "2 of 3: finetuning on the cleaned text"
+train finetune clean "$FINETUNE_RECIPE" pretrain "${finetune[@]}"
 
 stage "3 of 3: the folder that is released"
 [ -d "$out/isizulu" ] || "${ulimi[@]}" release "$out/finetune" --out "$out/isizulu" --card "$CARD"

@@ -537,7 +537,7 @@ def test_the_licence_of_a_member_is_passed_on(works, tmp_path):
     assert ["licence,", "limits", str(card)] in [line.split() for line in works("info", out).out.splitlines()]
     assert str(card) in (out / "README.md").read_text()
     # A member is a run folder like any other.
-    assert "10.8M parameters" in works("info", out / "members" / "1").out
+    assert "11.0M parameters" in works("info", out / "members" / "1").out
     assert "recipe" in works("info", out / "members" / "1", "--json").json[0]
 
 
