@@ -34,6 +34,7 @@ TINY = (
     "model.embedding_size=16",
     "model.hidden_size=24",
     "model.num_layers=2",
+    "model.tie_weights=true",
     "optim.max_epochs=2",
 )
 """a recipe whose epoch takes a fraction of a second"""

@@ -63,14 +63,14 @@ class DataRecipe(_Section):
 class ModelRecipe(_Section):
     """The AWD-LSTM; these are the keyword arguments of `ulimi.model.AWDLSTM`."""
 
-    embedding_size: int = Field(512, ge=1)
-    """E; a tied last layer is as wide, so with few tokens it is best not far below H [emsize]"""
+    embedding_size: int = Field(256, ge=1)
+    """E; a tied last layer is as wide: then it is best not far below H, unless there are many tokens [emsize]"""
     hidden_size: int = Field(512, ge=1)
     """H, of every layer but a tied last one [nhid]"""
     num_layers: int = Field(2, ge=1)
     """[nlayers]"""
-    tie_weights: bool = True
-    """decoder matrix = embedding matrix (sec. 4.5) [tied]"""
+    tie_weights: bool = False
+    """decoder matrix = embedding matrix (sec. 4.5): pays with the tens of thousands of a word vocabulary [tied]"""
     embedding_dropout: Probability = 0.05
     """on whole word types (sec. 4.3) [dropoute]"""
     input_dropout: Probability = 0.2
