@@ -11,6 +11,7 @@ from conftest import TINY
 from ulimi.adapt import Dynamic, adaptive_nll, gradient_stats, without_dropout
 from ulimi.corpus import open_corpus
 from ulimi.cuda import GraphedStep, lstm, product_precision
+from ulimi.distill import load_teacher
 from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM
 from ulimi.recipe import load_recipe
@@ -154,10 +155,10 @@ def corpus(tmp_path):
     return open_corpus(tmp_path, tmp_path / "parts")
 
 
-def trainer(corpus, run_dir, *overrides, precision="fp32", graphs=True):
+def trainer(corpus, run_dir, *overrides, precision="fp32", graphs=True, teacher=None):
     made = Trainer(
         corpus, run_dir, load_recipe(None, [*TINY, *overrides]), init_from=None, new_tokenizer=False, resume=False,
-        device="cuda", precision=precision, reporter=Silent(), cache_dir=None,
+        device="cuda", precision=precision, reporter=Silent(), cache_dir=None, teacher=teacher,
     )  # fmt: skip
     if not graphs:
         made.take_gradients = made.gradients
@@ -179,6 +180,29 @@ def test_graphs_take_the_steps_that_are_taken_without(corpus, tmp_path, override
         curves.append([row["valid_nll"] for row in open_run(tmp_path / f"run{graphs}").metrics()])
     np.testing.assert_allclose(curves[0], curves[1], rtol=2e-3)
     assert curves[0][-1] < curves[0][0]
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graphs_hold_a_teacher_too(corpus, tmp_path, precision):
+    train(corpus, tmp_path / "teacher", load_recipe(None, [*TINY, "optim.max_epochs=6"]), device="cuda")
+    curves = []
+    for graphs in (True, False):
+        made = trainer(
+            corpus, tmp_path / f"run{graphs}", "optim.max_epochs=4", "data.bptt=12", graphs=graphs, precision=precision,
+            teacher=open_run(tmp_path / "teacher"),
+        )  # fmt: skip
+        made.run(5.0, False, lambda: False)
+        curves.append([row["train_loss"] for row in open_run(tmp_path / f"run{graphs}").metrics()])
+    np.testing.assert_allclose(curves[0], curves[1], rtol=2e-3 if precision == "fp32" else 2e-2)
+    # What the teacher says on the GPU is what it says on the CPU.
+    tokens_BT = torch.arange(30, device="cuda").view(2, 15) + 256
+    assert made.teacher is not None
+    with product_precision(made.device, precision):
+        on_gpu, _ = made.teacher.read(tokens_BT, made.teacher.initial_state(2))
+    on_cpu = load_teacher(open_run(tmp_path / "teacher"), torch.device("cpu"))
+    expected, _ = on_cpu.read(tokens_BT.cpu(), on_cpu.initial_state(2))
+    torch.testing.assert_close(on_gpu.cpu(), expected, rtol=0.1, atol=2e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")

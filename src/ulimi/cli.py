@@ -138,6 +138,10 @@ def train(
     new_tokenizer: Annotated[
         bool, typer.Option("--new-tokenizer", help="With --init-from: a tokenizer of this corpus's own.")
     ] = False,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Distil: learn this network's, or mixture's, probabilities, too."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")] = False,
     device: DeviceOption = "auto",
     precision: Annotated[
@@ -155,7 +159,7 @@ def train(
     from ulimi.progress import TrainingProgress
     from ulimi.recipe import build_recipe, load_recipe
     from ulimi.run import open_run
-    from ulimi.train import Interrupted, claim_folder
+    from ulimi.train import Interrupted, claim_folder, find_teacher
     from ulimi.train import train as run_training
 
     if tensorboard and find_spec("tensorboard") is None:
@@ -168,6 +172,12 @@ def train(
     if source is not None:
         source.need_weights("--init-from")
     overrides = settings or []
+    teaching = open_run(teacher) if teacher is not None else None
+    if teaching is not None:
+        if new_tokenizer:
+            raise UlimiError("--teacher keeps that model's tokenizer: leave out --new-tokenizer")
+        if not resume and any(text.startswith("tokenizer.") for text in overrides):
+            raise UlimiError("--teacher keeps that model's tokenizer: leave out the tokenizer settings")
     if source is not None and not new_tokenizer and any(text.startswith("tokenizer.") for text in overrides):
         raise UlimiError("--init-from keeps that run's tokenizer: tokenizer settings need --new-tokenizer")
     if recipe is not None:
@@ -185,7 +195,8 @@ def train(
         torch.set_num_threads(threads)
 
     # A wrong command must not replace the split that a run in --out was trained on.
-    claim_folder(out, chosen, resume=resume, init_from=source)
+    old = claim_folder(out, chosen, resume=resume, init_from=source)
+    find_teacher(teaching, old, source, chosen)
     with tempfile.TemporaryDirectory(prefix="ulimi-") as scratch:
         another_text = resume and _is_of_another_text(out / "corpus", corpus)
         parts = open_corpus(corpus, Path(scratch) if another_text else out / "corpus")
@@ -198,8 +209,8 @@ def train(
             )
             try:
                 score = run_training(
-                    parts, out, chosen, init_from=source, new_tokenizer=new_tokenizer, resume=resume, device=device,
-                    precision=precision, checkpoint_minutes=checkpoint_minutes, tensorboard=tensorboard,
+                    parts, out, chosen, init_from=source, new_tokenizer=new_tokenizer, teacher=teaching, resume=resume,
+                    device=device, precision=precision, checkpoint_minutes=checkpoint_minutes, tensorboard=tensorboard,
                     reporter=progress, should_stop=should_stop,
                 )  # fmt: skip
             except Interrupted:

@@ -80,6 +80,8 @@ def _training_facts(run: Run) -> list[tuple[str, str]]:
     meta, metrics = run.meta, run.metrics()
     if meta.get("init_from"):
         rows.append(("started from", meta["init_from"]))
+    if meta.get("teacher"):
+        rows.append(("teacher", meta["teacher"]["path"]))
     if metrics:
         best = min(metrics, key=lambda row: row["valid_nll"])
         rows.append(

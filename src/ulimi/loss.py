@@ -28,8 +28,9 @@ ROWS_AT_ONCE = 64
 
 
 def training_loss(
-    hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor, kind: str, alpha: float
-) -> Tensor:
+    hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor, kind: str, alpha: float,
+    soft_NV: Tensor | None = None, soft_share: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Mean loss of some predictions, decoder included: logits = hidden weight' + bias.
 
     Args:
@@ -39,16 +40,23 @@ def training_loss(
         targets_N: (N,).
         kind: "cross_entropy" (nats) or "entmax".
         alpha: of entmax, above 1, at most 2.
+        soft_NV: of a teacher, (N, V): the cross entropy is then against targets mixed with these probabilities. It is
+            written over.
+        soft_share: of these in the mixture; the targets have the rest.
     """
     loss: Tensor
+    if soft_NV is not None:
+        # The same for all devices and types: what each prediction is to be, a row that adds up to 1.
+        rest = torch.full_like(soft_NV[:, :1], 1 - soft_share)
+        soft_NV = soft_NV.mul_(soft_share).scatter_add_(1, targets_N[:, None], rest)
     half = torch.is_autocast_enabled(hidden_NE.device.type)
     # On a GPU memory is no concern and each further kernel is; in half precision the softmax is another type's.
     if kind == "cross_entropy" and not (half or hidden_NE.is_cuda):
-        loss = _LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, targets_N)  # type: ignore[no-untyped-call]
+        loss = _LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, targets_N, soft_NV)  # type: ignore[no-untyped-call]
         return loss
     logits_NV = F.linear(hidden_NE, weight_VE, bias_V)
     if kind == "cross_entropy":
-        return F.cross_entropy(logits_NV, targets_N)
+        return F.cross_entropy(logits_NV, targets_N if soft_NV is None else soft_NV)
     if half:
         logits_NV = logits_NV.float()  # a threshold wants more digits
     loss = _EntmaxLoss.apply(logits_NV, targets_N, alpha)  # type: ignore[no-untyped-call]
@@ -110,12 +118,15 @@ def _power(x: Tensor, power: float) -> Tensor:
 class _LinearCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of softmax(hidden weight' + bias), a few rows at once: all logits are never in memory.
 
-    The gradient of the logits, softmax - target, is there as soon as they are, so it is taken on the way forward.
+    The gradient of the logits, softmax - target, is there as soon as they are, so it is taken on the way forward. A
+    target is a token, or, where `soft_NV` is given, a distribution.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor, soft_NV: Tensor | None
+    ) -> Tensor:
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         num_rows = max(1, LOGITS_AT_ONCE // weight_VE.size(0))
         grad_hidden_NE = torch.empty_like(hidden_NE) if needs_hidden else None
         grad_weight_VE = torch.zeros_like(weight_VE) if needs_weight else None
@@ -125,10 +136,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + num_rows)
             hidden_ME, targets_M1 = hidden_NE[rows], targets_N[rows, None]
             logits_MV = product(hidden_ME, weight_VE.t(), bias_V)
-            top_M1, of_target_M1 = logits_MV.amax(dim=1, keepdim=True), logits_MV.gather(1, targets_M1)
+            top_M1 = logits_MV.amax(dim=1, keepdim=True)
+            if soft_NV is None:
+                of_target_M1 = logits_MV.gather(1, targets_M1)
+            else:
+                of_target_M1 = torch.linalg.vecdot(soft_NV[rows], logits_MV)[:, None]
             probs_MV = torch.softmax(logits_MV, dim=1, out=logits_MV)
             nats_N[rows] = (top_M1 - probs_MV.amax(dim=1, keepdim=True).log() - of_target_M1)[:, 0]
-            grad_MV = probs_MV.scatter_add_(1, targets_M1, torch.full_like(top_M1, -1))
+            if soft_NV is None:
+                grad_MV = probs_MV.scatter_add_(1, targets_M1, torch.full_like(top_M1, -1))
+            else:
+                grad_MV = probs_MV.sub_(soft_NV[rows])
             if grad_hidden_NE is not None:
                 grad_hidden_NE[rows] = product(grad_MV, weight_VE)
             if grad_weight_VE is not None:
@@ -143,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_output / ctx.num_rows
-        return *[None if grad is None else grad * scale for grad in ctx.saved_tensors], None
+        return *[None if grad is None else grad * scale for grad in ctx.saved_tensors], None, None
 
 
 class _EntmaxLoss(torch.autograd.Function):

@@ -90,6 +90,8 @@ class LossRecipe(_Section):
     """cross_entropy: softmax, no token is impossible; entmax: most tokens get exactly 0 (Martins et al. 2020)"""
     alpha: float = Field(1.5, gt=1, le=2)
     """entmax: 2 is sparsemax, the sparsest; towards 1 it becomes softmax; cross_entropy has no use for it"""
+    teacher_share: float = Field(0.5, ge=0, le=1)
+    """with --teacher: of its probabilities in what is learnt; the text has the rest (Hinton et al. 2015)"""
     ar_alpha: float = Field(2.0, ge=0)
     """activation regularisation of the dropped output (sec. 4.6); never in a reported figure [alpha]"""
     tar_beta: float = Field(1.0, ge=0)

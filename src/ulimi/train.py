@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ulimi.corpus import Corpus, read_lines
 from ulimi.cuda import PRECISIONS, GraphedStep, Step, has_cudnn, product_precision
 from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
+from ulimi.distill import describe_teacher, load_teacher, teacher_networks
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.export import describe_export, export_onnx
@@ -120,6 +121,7 @@ def train(
     *,
     init_from: Run | None = None,
     new_tokenizer: bool = False,
+    teacher: Run | None = None,
     resume: bool = False,
     device: str = "auto",
     precision: str = "auto",
@@ -137,6 +139,8 @@ def train(
         recipe: all settings.
         init_from: start from this run's best weights and tokenizer.
         new_tokenizer: with `init_from`: train a tokenizer on this corpus; known pieces keep their vectors.
+        teacher: learn what this network, or these of a mixture, find probable, too; its tokenizer is kept. With
+            `resume`: where the run's own teacher now is, if it was moved.
         resume: go on from the folder's checkpoint.
         device: "cpu", "cuda", or "auto".
         precision: of products, see `ulimi.cuda.PRECISIONS`; "auto": a resumed run's own, fp32 on a CPU, bf16 on a GPU.
@@ -155,14 +159,17 @@ def train(
     """
     # Before anything is made there; the trainer asks again, when no other training can get in between.
     claim_folder(run_dir, recipe, resume=resume, init_from=init_from)
-    if init_from is not None and not new_tokenizer:
+    giver = init_from if init_from is not None and not new_tokenizer else None
+    if giver is None and teacher is not None and not resume:
+        giver = teacher_networks(teacher)[0][0]
+    if giver is not None:
         # The recipe of a run says what its tokenizer is.
-        source = build_recipe(init_from.recipe, source=f"{init_from.dir}/recipe.toml")
+        source = build_recipe(giver.recipe, source=f"{giver.dir}/recipe.toml")
         recipe = recipe.model_copy(update={"tokenizer": source.tokenizer})
     with locked(run_dir):
         trainer = Trainer(
-            corpus, run_dir, recipe, init_from=init_from, new_tokenizer=new_tokenizer, resume=resume, device=device,
-            precision=precision, reporter=reporter or Silent(), cache_dir=cache_dir,
+            corpus, run_dir, recipe, init_from=init_from, new_tokenizer=new_tokenizer, teacher=teacher, resume=resume,
+            device=device, precision=precision, reporter=reporter or Silent(), cache_dir=cache_dir,
         )  # fmt: skip
         return trainer.run(checkpoint_minutes, tensorboard, should_stop)
 
@@ -209,6 +216,7 @@ class Trainer:
         reporter: Reporter,
         cache_dir: Path | None,
         precision: str = "auto",
+        teacher: Run | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.recipe = recipe
@@ -217,10 +225,13 @@ class Trainer:
         self.precision = choose_precision(precision, self.device)
         old = claim_folder(run_dir, recipe, resume=resume, init_from=init_from)
 
+        teacher = find_teacher(teacher, old, init_from, recipe)
         if old is not None:
             self.tokenizer = old.tokenizer
         elif init_from is not None and not new_tokenizer:
             self.tokenizer = init_from.tokenizer
+        elif teacher is not None:
+            self.tokenizer = teacher.tokenizer
         else:
             t = recipe.tokenizer
             reporter.note(f"training a {t.kind} tokenizer on {corpus.train_path}")
@@ -241,7 +252,13 @@ class Trainer:
             adopt_weights(self.model, self.tokenizer, init_from)
         self.optimizer = make_optimizer(self.model, recipe.optim)
         self.average = RunningAverage(self.model) if recipe.optim.average_at_start else None
-        self.state: State = self.model.initial_state(recipe.data.batch_size)
+        self.teacher = load_teacher(teacher, self.device) if teacher is not None else None
+        if self.teacher is not None and teacher is not None:
+            num_networks = len(self.teacher.networks)
+            reporter.note(
+                f"learning from {teacher.dir}: " + ("a network" if num_networks == 1 else f"{num_networks} networks")
+            )
+        self.state = self._initial_state()
         self.take_gradients: Step = self.gradients
         # The entmax loss looks at values to know when it is done, which a graph cannot.
         if has_cudnn(self.device) and recipe.loss.kind == "cross_entropy":
@@ -251,6 +268,7 @@ class Trainer:
         """best weights that are not written yet"""
         self.saved = time.perf_counter()
         self.meta = old.meta if old is not None else self._new_meta(corpus, init_from)
+        self.meta["teacher"] = describe_teacher(teacher) if teacher is not None else None
         if old is not None:
             self._load_checkpoint()
             if precision == "auto":
@@ -286,6 +304,12 @@ class Trainer:
         if writer is not None:
             writer.close()
         return self._finish()
+
+    def _initial_state(self) -> State:
+        """Zeros, of the network's layers and behind them of its teacher's."""
+        batch_size = self.recipe.data.batch_size
+        state = self.model.initial_state(batch_size)
+        return state if self.teacher is None else state + self.teacher.initial_state(batch_size)
 
     def _finished(self) -> bool:
         p, optim = self.progress, self.recipe.optim
@@ -340,21 +364,25 @@ class Trainer:
     def gradients(self, inputs_BT: Tensor, targets_BT: Tensor, state: State) -> tuple[Tensor, State]:
         """Leave a window's clipped gradients in the parameters; give its loss, without AR and TAR, and the state."""
         loss, model = self.recipe.loss, self.model
+        state, teacher_state = state[: len(model.layers)], state[len(model.layers) :]
         self.optimizer.zero_grad(set_to_none=True)
+        soft_NV: Tensor | None = None
         with product_precision(self.device, self.precision):
+            if self.teacher is not None:
+                soft_NV, teacher_state = self.teacher.read(inputs_BT, teacher_state)
             out = model.features(inputs_BT, state, self.rng)
         # float16 would lose the small gradients of the many improbable tokens.
         with product_precision(self.device, "bf16" if self.precision == "fp16" else self.precision):
             token_loss = training_loss(
                 out.dropped.flatten(0, 1), model.lm_head.weight, model.lm_head.bias, targets_BT.flatten(), loss.kind,
-                loss.alpha,
+                loss.alpha, soft_NV, loss.teacher_share,
             )  # fmt: skip
         ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
         # Backward products keep the types of the forward ones, but whether fp32 means TF32 is asked again.
         with product_precision(self.device, "tf32" if self.precision == "tf32" else "fp32"):
             (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), self.recipe.optim.max_grad_norm)
-        return token_loss.detach(), detach_state(out.state)
+        return token_loss.detach(), [*detach_state(out.state), *teacher_state]
 
     def _end_epoch(self) -> dict[str, Any]:
         """Validate the weights that would be saved, save them if they are the best, and look at the trigger."""
@@ -395,7 +423,7 @@ class Trainer:
         self._append_metrics(row)
         p.epoch += 1
         p.position, p.epoch_loss, p.epoch_tokens = 0, 0.0, 0
-        self.state = self.model.initial_state(self.recipe.data.batch_size)
+        self.state = self._initial_state()
         if self._finished() or time.perf_counter() - self.saved >= SECONDS_BETWEEN_SAVES:
             self.save_checkpoint()
             with atomic_path(self.run_dir / "curve.png") as path:
@@ -584,6 +612,37 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
     # Before its first checkpoint a run has only these.
     refuse_foreign(run_dir, {"corpus", LOCK}, {"recipe.toml", "last"})
     return None
+
+
+def find_teacher(given: Run | None, old: Run | None, init_from: Run | None, recipe: Recipe) -> Run | None:
+    """Give the teacher of a run: the one that is named, or, when resuming, the one that the run remembers.
+
+    Raises:
+        UlimiError: it is not the run's, or does not go with its tokenizer or its loss.
+    """
+    known = old.meta.get("teacher") if old is not None else None
+    if old is not None and known is None:
+        if given is not None:
+            raise UlimiError(f"--teacher {given.dir}: the run in {old.dir} has no teacher; leave out --teacher")
+        return None
+    teacher = given
+    if known is not None and teacher is None:
+        if not Path(known["path"]).is_dir():
+            raise UlimiError(f"the teacher of this run, {known['path']}, is gone; say where it is now: --teacher RUN")
+        teacher = open_run(Path(known["path"]))
+    if teacher is None:
+        return None
+    if known is not None and describe_teacher(teacher)["weights_sha256"] != known["weights_sha256"]:
+        raise UlimiError(f"--teacher {teacher.dir}: its weights are not those that this run has learnt from so far")
+    teacher_networks(teacher)
+    start = old or init_from
+    if start is not None and start.tokenizer.to_str() != teacher.tokenizer.to_str():
+        raise UlimiError(
+            f"--teacher {teacher.dir}: has another tokenizer than {start.dir}; both must have the same one"
+        )
+    if recipe.loss.kind != "cross_entropy":
+        raise UlimiError(f"--teacher needs loss.kind = 'cross_entropy', not {recipe.loss.kind!r}")
+    return teacher
 
 
 def regularisation(raw_BTE: Tensor, dropped_BTE: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:

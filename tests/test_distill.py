@@ -1,0 +1,285 @@
+"""Distillation: the loss against plain autograd, what a teacher says, exact resume, and teachers that do not fit."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from conftest import TINY, synthetic_lines
+from test_train import NO_DROPOUT, assert_same_run, make_trainer, refusal, stop_after, tiny
+from ulimi.baseline import TokenizerSettings, make_ngram_run
+from ulimi.corpus import open_corpus
+from ulimi.distill import Teacher, load_teacher, teacher_networks
+from ulimi.engine import load_model
+from ulimi.loss import LOGITS_AT_ONCE, training_loss
+from ulimi.mixture import make_mixture_run
+from ulimi.model import AWDLSTM
+from ulimi.run import WEIGHTS, open_run
+from ulimi.train import Interrupted, train
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Leave out what takes longer than the training itself."""
+    monkeypatch.setattr("ulimi.train.plot_curve", lambda rows, path: path.touch())
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """So little text that an epoch has about 30 steps."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = synthetic_lines(72, seed=4)
+    (folder / "train.txt").write_text("\n".join(lines[:60]) + "\n")
+    (folder / "valid.txt").write_text("\n".join(lines[60:]) + "\n")
+    return open_corpus(folder, folder)
+
+
+def tiny_model(seed, num_layers=2, hidden_size=12, **dropouts):
+    rng = torch.Generator().manual_seed(seed)
+    model = AWDLSTM(
+        vocab_size=30, embedding_size=8, hidden_size=hidden_size, num_layers=num_layers, tie_weights=False, rng=rng,
+        **dropouts,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory, corpus_dir):
+    """A network of another shape than the pupil's; no test may write into its folder."""
+    run_dir = tmp_path_factory.mktemp("teacher") / "run"
+    sizes = ("model.hidden_size=40", "model.num_layers=1", "optim.max_epochs=4", "tokenizer.vocab_size=330")
+    train(open_corpus(corpus_dir, run_dir / "corpus"), run_dir, tiny("model.tie_weights=false", *sizes))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def ngram_dir(tmp_path_factory, corpus_dir, teacher_dir):
+    run_dir = tmp_path_factory.mktemp("ngram") / "run"
+    make_ngram_run(corpus_dir / "train.txt", run_dir, order=3, settings=TokenizerSettings(teacher_dir))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def ensemble_dir(tmp_path_factory, teacher_dir, ngram_dir):
+    """A mixture of the teacher, an n-gram model and a copy of the teacher with other weights."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    other = Path(shutil.copytree(teacher_dir, folder / "other"))
+    (other / "model.onnx").unlink()
+    weights = load_file(other / WEIGHTS)
+    save_file({name: tensor * 0.5 for name, tensor in weights.items()}, other / WEIGHTS, {"format": "pt"})
+    runs = [open_run(path) for path in (teacher_dir, ngram_dir, other)]
+    make_mixture_run(runs, ["a", "n", "b"], folder / "mixed", weights=[0.5, 0.2, 0.3])
+    return folder / "mixed"
+
+
+# The loss
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("vocab_size", [7, LOGITS_AT_ONCE // 4])
+def test_the_loss_and_its_gradients_are_those_of_plain_autograd(share, vocab_size):
+    """The larger vocabulary takes the rows in two pieces."""
+    rng = torch.Generator().manual_seed(1)
+    hidden_NE, weight_VE = torch.randn(6, 3, generator=rng), torch.randn(vocab_size, 3, generator=rng)
+    bias_V, targets_N = torch.randn(vocab_size, generator=rng), torch.randint(vocab_size, (6,), generator=rng)
+    soft_NV = torch.softmax(torch.randn(6, vocab_size, generator=rng), dim=1)
+    wanted_NV = share * soft_NV.double() + (1 - share) * F.one_hot(targets_N, vocab_size)
+    losses, gradients = [], []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.clone().to(dtype).requires_grad_() for x in (hidden_NE, weight_VE, bias_V)]
+        if dtype == torch.float32:
+            loss = training_loss(*leaves, targets_N, "cross_entropy", 1.0, soft_NV.clone(), share)
+        else:
+            loss = -(wanted_NV * torch.log_softmax(F.linear(*leaves), dim=1)).sum(dim=1).mean()
+        (3 * loss).backward()
+        losses.append(loss.item())
+        gradients.append([leaf.grad.double() for leaf in leaves])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=3e-5)
+
+
+def test_no_share_is_the_loss_without_a_teacher():
+    rng = torch.Generator().manual_seed(2)
+    args = torch.randn(5, 3, generator=rng), torch.randn(9, 3, generator=rng), torch.randn(9, generator=rng)
+    targets_N, soft_NV = torch.tensor([0, 3, 8, 8, 1]), torch.softmax(torch.randn(5, 9, generator=rng), dim=1)
+    plain = training_loss(*args, targets_N, "cross_entropy", 1.0)
+    torch.testing.assert_close(training_loss(*args, targets_N, "cross_entropy", 1.0, soft_NV, 0.0), plain)
+
+
+# What a teacher says
+
+
+def test_a_teacher_says_the_mean_of_its_networks_window_after_window():
+    networks = [tiny_model(1, output_dropout=0.5, weight_dropout=0.5), tiny_model(2, num_layers=1, hidden_size=20)]
+    teacher = Teacher(networks, [0.75, 0.25])
+    tokens_BT = torch.randint(30, (3, 11), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole = [torch.softmax(network(tokens_BT).logits, dim=2) for network in networks]
+    expected_BTV = 0.75 * whole[0] + 0.25 * whole[1]
+    assert (whole[0] - whole[1]).abs().max() > 0.02
+    state = teacher.initial_state(3)
+    assert [tuple(h.shape) for h, _ in state] == [(1, 3, 12), (1, 3, 12), (1, 3, 20)]
+    parts = []
+    for window in (slice(0, 4), slice(4, 11)):
+        probs_NV, state = teacher.read(tokens_BT[:, window], state)
+        assert not probs_NV.requires_grad
+        parts.append(probs_NV.view(3, -1, 30))
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected_BTV, rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_mixture_the_networks_teach_by_their_weights(ensemble_dir):
+    run = open_run(ensemble_dir)
+    assert [share for _, share in teacher_networks(run)] == pytest.approx([0.625, 0.375])
+    teacher = load_teacher(run, torch.device("cpu"))
+    tokens_BT = torch.arange(12).view(2, 6) + 260
+    with torch.no_grad():
+        alone = [
+            torch.softmax(load_model(member, torch.device("cpu"))(tokens_BT).logits, dim=2).flatten(0, 1)
+            for member, _ in teacher_networks(run)
+        ]
+    probs_NV, _ = teacher.read(tokens_BT, teacher.initial_state(2))
+    torch.testing.assert_close(probs_NV, 0.625 * alone[0] + 0.375 * alone[1], rtol=1e-4, atol=1e-6)
+    assert (alone[0] - alone[1]).abs().max() > 0.01
+
+
+# Training
+
+
+def test_who_knows_all_that_the_teacher_knows_has_nothing_to_learn(tmp_path, corpus, teacher_dir):
+    run, gradients = open_run(teacher_dir), []
+    shape = ("model.tie_weights=false", "model.hidden_size=40", "model.num_layers=1", *NO_DROPOUT, "loss.ar_alpha=0")
+    for share in (1.0, 0.0):
+        settings = (*shape, "loss.tar_beta=0", f"loss.teacher_share={share}", "optim.max_grad_norm=1e9")
+        pupil = make_trainer(corpus, tmp_path / f"{share}", *settings, init_from=run, teacher=run)
+        tokens_BT = torch.from_numpy(pupil.streams_BS[:, :9].astype(np.int64))
+        _, state = pupil.gradients(tokens_BT[:, :-1], tokens_BT[:, 1:], pupil.state)
+        gradients.append(max(p.grad.abs().max().item() for p in pupil.model.parameters()))
+        # The teacher read the same tokens, from the same weights, and so is where the pupil is.
+        (own, theirs) = state
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)
+    assert gradients[0] < 1e-6 < 1e-3 < gradients[1]
+
+
+def test_a_pupil_comes_nearer_to_its_teacher_than_the_text_alone_brings_it(tmp_path, corpus, teacher_dir):
+    """What is asked is how near, on text that neither was trained on: the divergence of their predictions."""
+    teacher = load_teacher(open_run(teacher_dir), torch.device("cpu"))
+    distances = {}
+    for share in (0.0, 1.0):
+        run_dir = tmp_path / f"{share}"
+        train(
+            corpus, run_dir, tiny(*NO_DROPOUT, f"loss.teacher_share={share}", "optim.max_epochs=12", "optim.lr=2e-2"),
+            teacher=open_run(teacher_dir),
+        )  # fmt: skip
+        run = open_run(run_dir)
+        assert run.tokenizer.vocab_size == 330  # the teacher's, whatever the recipe says
+        assert run.recipe["tokenizer"]["vocab_size"] == 330
+        assert run.meta["teacher"] == {
+            "path": str(teacher_dir.resolve()), "weights_sha256": [open_run(teacher_dir).weights_sha256],
+        }  # fmt: skip
+        ids = run.tokenizer.encode_lines(synthetic_lines(8, seed=77))
+        tokens_BT = torch.tensor([[token for line in ids for token in line][:60]])
+        wanted_NV, _ = teacher.read(tokens_BT, teacher.initial_state(1))
+        with torch.no_grad():
+            log_probs = torch.log_softmax(load_model(run, torch.device("cpu"))(tokens_BT).logits, dim=2)[0]
+        distances[share] = F.kl_div(log_probs, wanted_NV, reduction="batchmean").item()
+    assert distances[1.0] < 0.8 * distances[0.0]
+
+
+def test_the_recorded_loss_is_that_of_the_mixed_targets(tmp_path, corpus, teacher_dir):
+    pupil = make_trainer(
+        corpus, tmp_path / "run", *NO_DROPOUT, "loss.teacher_share=0.25", teacher=open_run(teacher_dir)
+    )
+    tokens_BT = torch.from_numpy(pupil.streams_BS[:, :9].astype(np.int64))
+    loss, _ = pupil.gradients(tokens_BT[:, :-1], tokens_BT[:, 1:], pupil.state)
+    teacher = load_teacher(open_run(teacher_dir), torch.device("cpu"))
+    soft_NV, _ = teacher.read(tokens_BT[:, :-1], teacher.initial_state(4))
+    wanted_NV = 0.25 * soft_NV + 0.75 * F.one_hot(tokens_BT[:, 1:].flatten(), 330)
+    with torch.no_grad():
+        logits_NV = pupil.model(tokens_BT[:, :-1], pupil.model.initial_state(4)).logits.flatten(0, 1)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits_NV, wanted_NV).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("at", [7, 40])
+def test_a_pupil_stopped_and_resumed_is_the_one_that_was_not(tmp_path, corpus, ensemble_dir, at):
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    train(corpus, whole, tiny(), teacher=open_run(ensemble_dir))
+    with pytest.raises(Interrupted):
+        train(corpus, pieces, tiny(), teacher=open_run(ensemble_dir), should_stop=stop_after(at))
+    recipe = tiny("tokenizer.vocab_size=330")  # as recipe.toml says
+    train(corpus, pieces, recipe, resume=True)
+    assert_same_run(whole, pieces)
+    assert len(open_run(whole).meta["teacher"]["weights_sha256"]) == 2
+
+
+def test_a_teacher_that_has_moved_is_asked_for_and_another_is_refused(tmp_path, corpus, teacher_dir):
+    home, run_dir, recipe = tmp_path / "teacher", tmp_path / "run", tiny("tokenizer.vocab_size=330")
+    shutil.copytree(teacher_dir, home)
+    with pytest.raises(Interrupted):
+        train(corpus, run_dir, recipe, teacher=open_run(home), should_stop=stop_after(5))
+    moved = home.rename(tmp_path / "moved")
+    said = refusal(lambda: train(corpus, run_dir, recipe, resume=True))
+    assert said == f"the teacher of this run, {home}, is gone; say where it is now: --teacher RUN"
+    stranger = Path(shutil.copytree(teacher_dir, tmp_path / "stranger"))
+    weights = bytearray((stranger / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (stranger / WEIGHTS).write_bytes(weights)
+    said = refusal(lambda: train(corpus, run_dir, recipe, resume=True, teacher=open_run(stranger)))
+    assert "not those that this run has learnt from" in said
+    train(corpus, run_dir, recipe, resume=True, teacher=open_run(moved))
+    assert open_run(run_dir).meta["teacher"]["path"] == str(moved)
+    assert math.isfinite(open_run(run_dir).meta["scores"]["valid"]["nats"])
+
+
+# The command line
+
+
+def test_the_command_line_distils_and_says_so(tmp_path, works, corpus_dir, teacher_dir):
+    run_dir = tmp_path / "pupil"
+    recipe = [setting for setting in TINY if not setting.startswith("tokenizer")]
+    done = works("train", corpus_dir, *recipe, "optim.max_epochs=1", "-o", run_dir, "--teacher", teacher_dir)
+    assert f"learning from {teacher_dir}: a network" in done.err + done.out
+    shown = works("info", run_dir)
+    assert str(teacher_dir) in shown.out
+    assert json.loads(works("info", run_dir, "--json").out)["teacher"]["path"] == str(teacher_dir.resolve())
+
+
+def test_teachers_that_do_not_fit_are_one_line_and_leave_nothing(
+    tmp_path, refused, works, corpus_dir, teacher_dir, ngram_dir, tiny_run
+):
+    out = tmp_path / "run"
+    common = ("train", corpus_dir, "-o", out, "--teacher")
+    assert "no run folder 'nowhere'" in refused(*common, "nowhere")
+    assert "holds an n-gram model" in refused(*common, ngram_dir)
+    assert "no float weights" in refused(*common, "isizulu")
+    assert "leave out --new-tokenizer" in refused(*common, teacher_dir, "--init-from", tiny_run.dir, "--new-tokenizer")
+    assert "leave out the tokenizer settings" in refused(*common, teacher_dir, "tokenizer.kind=char")
+    assert "another tokenizer than" in refused(*common, teacher_dir, "--init-from", tiny_run.dir)
+    assert "not 'entmax'" in refused(*common, teacher_dir, "loss.kind=entmax")
+    assert "teacher_share" in refused(*common, teacher_dir, "loss.teacher_share=1.5")
+    assert not out.exists()
+    sparse = tmp_path / "sparse"
+    works("train", corpus_dir, *TINY, "optim.max_epochs=1", "loss.kind=entmax", "-o", sparse)
+    assert "is sparse (1.5-entmax)" in refused(*common, sparse)
+    assert not out.exists()
+    alone = Path(shutil.copytree(tiny_run.dir, tmp_path / "alone"))
+    said = refused("train", corpus_dir, "-o", alone, "--resume", "optim.max_epochs=3", "--teacher", teacher_dir)
+    assert "has no teacher" in said
+
+
+def test_a_text_of_another_vocabulary_is_read_with_the_teachers_tokens(tmp_path, works, teacher_dir):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(line.upper() for line in synthetic_lines(150, seed=9)) + "\n")
+    recipe = [setting for setting in TINY if not setting.startswith("tokenizer")]
+    works("train", text, *recipe, "optim.max_epochs=1", "-o", tmp_path / "run", "--teacher", teacher_dir)
+    assert open_run(tmp_path / "run").tokenizer.to_str() == open_run(teacher_dir).tokenizer.to_str()
+    assert np.isfinite(open_run(tmp_path / "run").meta["scores"]["valid"]["nats"])
