@@ -5,18 +5,22 @@
 # CORPORA holds a folder a corpus, as scripts/isizulu-card.md names them, each with train.txt; isizulu_open also with
 # valid.txt and test.txt. After an interruption the same command goes on where it stopped.
 #
-# The settings are in the two recipes. More of them, for an experiment, as section.key=value:
-#   PRETRAIN="optim.max_epochs=1" FINETUNE="optim.max_epochs=1" scripts/isizulu-model.sh CORPORA OUT
+# The settings are in the recipes. More of them, for an experiment, as section.key=value:
+#   TEACHER="optim.max_epochs=1" PRETRAIN="optim.max_epochs=1" FINETUNE="optim.max_epochs=1" scripts/isizulu-model.sh CORPORA OUT
 set -eo pipefail
 
 MAIN=isizulu_open
 # isizulu_open stands in it twice: seven tenths of the text are isiZulu then.
 MIX=(isizulu_open nchlt_lower_zul isixhosa_open isizulu_open siswati isindebele)
+# A network of twice the size learns from the text first, and what ships from the text and from it.
+TEACHER_RECIPE=isizulu-gpu
+TEACHER_EPOCHS=30
 PRETRAIN_RECIPE=isizulu-pretrain
 FINETUNE_RECIPE=isizulu-finetune
 CARD=${CARD:-$(dirname "${BASH_SOURCE[0]}")/isizulu-card.md}
 THREADS=${THREADS:-0}
 read -ra ulimi <<< "${ULIMI:-ulimi}"
+read -ra teacher <<< "${TEACHER:-}"
 read -ra pretrain <<< "${PRETRAIN:-}"
 read -ra finetune <<< "${FINETUNE:-}"
 
@@ -36,12 +40,10 @@ stage() { echo "== $*" >&2; }
 # Make a folder whole or not at all: NAME.part becomes NAME when it is complete.
 finish() { mv "$out/$1.part" "$out/$1"; }
 
-# train RUN CORPUS RECIPE INIT_FROM SETTING…: start, go on, or leave alone what is finished.
+# train RUN CORPUS RECIPE ARGUMENT…: start, go on, or leave alone what is finished.
 train() {
-  local run=$out/$1 corpus=$out/$2 recipe=$3 from=$4
-  shift 4
-  local how=("$@" --recipe "$recipe")
-  [ -z "$from" ] || how+=(--init-from "$out/$from")
+  local run=$out/$1 corpus=$out/$2
+  local how=(--recipe "${@:3}")
   # The run remembers its settings.
   [ ! -f "$run/last/checkpoint.safetensors" ] || how=(--resume)
   # The model card is the last that a training writes.
@@ -54,14 +56,14 @@ train() {
 
 mkdir -p "$out"
 
-stage "0 of 3: cleaning $MAIN"
+stage "0 of 4: cleaning $MAIN"
 if [ ! -d "$out/clean" ]; then
   rm -rf "$out/clean.part"
   "${ulimi[@]}" corpus clean "$corpora/$MAIN" --out "$out/clean.part" --report "$out/clean.part/changes.tsv"
   finish clean
 fi
 
-stage "1 of 3: pretraining on ${MIX[*]}"
+stage "1 of 4: the teacher, on ${MIX[*]}"
 if [ ! -d "$out/mix" ]; then
   rm -rf "$out/mix.part"
   mkdir "$out/mix.part"
@@ -73,11 +75,14 @@ if [ ! -d "$out/mix" ]; then
   cp "$corpora/$MAIN/valid.txt" "$corpora/$MAIN/test.txt" "$out/mix.part/"
   finish mix
 fi
-train pretrain mix "$PRETRAIN_RECIPE" "" "${pretrain[@]}"
+train teacher mix "$TEACHER_RECIPE" "optim.max_epochs=$TEACHER_EPOCHS" "${teacher[@]}"
 
-stage "2 of 3: finetuning on the cleaned text"
-train finetune clean "$FINETUNE_RECIPE" pretrain "${finetune[@]}"
+stage "2 of 4: pretraining on the same text"
+train pretrain mix "$PRETRAIN_RECIPE" --teacher "$out/teacher" "${pretrain[@]}"
 
-stage "3 of 3: the folder that is released"
+stage "3 of 4: finetuning on the cleaned text"
+train finetune clean "$FINETUNE_RECIPE" --init-from "$out/pretrain" --teacher "$out/teacher" "${finetune[@]}"
+
+stage "4 of 4: the folder that is released"
 [ -d "$out/isizulu" ] || "${ulimi[@]}" release "$out/finetune" --out "$out/isizulu" --card "$CARD"
 echo "the model is in $out/isizulu; try: ulimi generate \"Namhlanje\" -m $out/isizulu"

@@ -166,12 +166,12 @@ def run_script(*args, **env):
 
 
 def test_the_script_makes_the_model_from_its_corpora(corpora, card, tmp_path):
-    """The true commands, very small: what comes out is a release that was finetuned from what was pretrained."""
+    """The true commands, very small: a release that was finetuned from what was pretrained, both with a teacher."""
     quick = " ".join([*TINY_NETWORK, "optim.max_epochs=1"])
     out = tmp_path / "out"
     done = run_script(
         corpora, out, ULIMI=f"{sys.executable} -m ulimi", CARD=str(card),
-        PRETRAIN=f"tokenizer.vocab_size=320 {quick}", FINETUNE=quick,
+        TEACHER=f"tokenizer.vocab_size=320 {quick}", PRETRAIN=quick, FINETUNE=quick,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     mixed = (out / "mix" / "train.txt").read_text().splitlines()
@@ -182,10 +182,16 @@ def test_the_script_makes_the_model_from_its_corpora(corpora, card, tmp_path):
     for part in ("valid.txt", "test.txt"):
         original = (corpora / "isizulu_open" / part).read_bytes()
         assert (out / "mix" / part).read_bytes() == (out / "clean" / part).read_bytes() == original
-    pretrained, finetuned, given = (open_run(out / name) for name in ("pretrain", "finetune", "isizulu"))
+    teacher, pretrained, finetuned, given = (
+        open_run(out / name) for name in ("teacher", "pretrain", "finetune", "isizulu")
+    )
+    for run in (pretrained, finetuned):
+        assert run.meta["teacher"] == {"path": str(teacher.dir.resolve()), "weights_sha256": [teacher.weights_sha256]}
+    assert given.meta["teacher"]["path"] == "teacher"
     assert finetuned.meta["init_from"] == str(pretrained.dir.resolve())
-    assert finetuned.tokenizer.to_str() == pretrained.tokenizer.to_str()
+    assert finetuned.tokenizer.to_str() == pretrained.tokenizer.to_str() == teacher.tokenizer.to_str()
     assert given.meta["weights_sha256"] == finetuned.weights_sha256
+    assert teacher.recipe["model"]["weight_dropout"] == 0.45
     assert (pretrained.recipe["optim"]["lr"], finetuned.recipe["optim"]["lr"]) == (4e-3, 1e-3)
     assert (pretrained.recipe["model"]["weight_dropout"], finetuned.recipe["data"]["eval_batch_size"]) == (0.3, 80)
 
@@ -221,14 +227,19 @@ def test_the_script_goes_on_where_it_was_stopped(corpora, card, tmp_path):
         return done.returncode, log.read_text().replace(str(out), "OUT").splitlines()
 
     clean = f"corpus clean {corpora}/isizulu_open --out OUT/clean.part --report OUT/clean.part/changes.tsv"
+    zeroth = "train OUT/mix --out OUT/teacher --threads 1"
     first = "train OUT/mix --out OUT/pretrain --threads 1"
     second = "train OUT/clean --out OUT/finetune --threads 1"
-    start = "optim.lr=2e-3 --recipe isizulu-finetune --init-from OUT/pretrain"
+    start = "--recipe isizulu-finetune --init-from OUT/pretrain --teacher OUT/teacher optim.lr=2e-3"
     last = f"release OUT/finetune --out OUT/isizulu --card {card}"
     (out / "clean.part").mkdir(parents=True)  # of a cleaning that was killed
     (out / "clean.part" / "half").touch()
-    assert asked("pretrain") == (130, [clean, f"{first} --recipe isizulu-pretrain"])
+    assert asked("teacher") == (130, [clean, f"{zeroth} --recipe isizulu-gpu optim.max_epochs=30"])
     assert not (out / "clean" / "half").exists()
+    assert asked("pretrain") == (
+        130,
+        [f"{zeroth} --resume", f"{first} --recipe isizulu-pretrain --teacher OUT/teacher"],
+    )
     assert asked("finetune") == (130, [f"{first} --resume", f"{second} {start}"])
     assert asked() == (0, [f"{second} --resume", last])
     assert asked() == (0, [])
