@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 64
 
 def training_loss(
     hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor, kind: str, alpha: float,
-    soft_NV: Tensor | None = None, soft_share: float = 0.0,
+    taught: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Mean loss of some predictions, decoder included: logits = hidden weight' + bias.
 
@@ -40,23 +40,27 @@ def training_loss(
         targets_N: (N,).
         kind: "cross_entropy" (nats) or "entmax".
         alpha: of entmax, above 1, at most 2.
-        soft_NV: of a teacher, (N, V): the cross entropy is then against targets mixed with these probabilities. It is
-            written over.
-        soft_share: of these in the mixture; the targets have the rest.
+        taught: tokens, (N, K), and what of each prediction is to be theirs, (N, K) float32; the target gets the rest.
+            For the cross entropy alone.
     """
     loss: Tensor
-    if soft_NV is not None:
-        # The same for all devices and types: what each prediction is to be, a row that adds up to 1.
-        rest = torch.full_like(soft_NV[:, :1], 1 - soft_share)
-        soft_NV = soft_NV.mul_(soft_share).scatter_add_(1, targets_N[:, None], rest)
+    if taught is not None:
+        ids_NK, parts_NK = taught
+        rest_N1 = 1 - parts_NK.sum(dim=1, keepdim=True)
+        taught = torch.cat([ids_NK, targets_N[:, None]], dim=1), torch.cat([parts_NK, rest_N1], dim=1)
     half = torch.is_autocast_enabled(hidden_NE.device.type)
     # On a GPU memory is no concern and each further kernel is; in half precision the softmax is another type's.
     if kind == "cross_entropy" and not (half or hidden_NE.is_cuda):
-        loss = _LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, targets_N, soft_NV)  # type: ignore[no-untyped-call]
+        loss = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden_NE, weight_VE, bias_V, *(taught or (targets_N[:, None], torch.ones_like(targets_N[:, None])))
+        )
         return loss
     logits_NV = F.linear(hidden_NE, weight_VE, bias_V)
     if kind == "cross_entropy":
-        return F.cross_entropy(logits_NV, targets_N if soft_NV is None else soft_NV)
+        if taught is None:
+            return F.cross_entropy(logits_NV, targets_N)
+        wanted_NV = torch.zeros_like(logits_NV, dtype=torch.float32).scatter_add_(1, *taught)
+        return F.cross_entropy(logits_NV.float(), wanted_NV)
     if half:
         logits_NV = logits_NV.float()  # a threshold wants more digits
     loss = _EntmaxLoss.apply(logits_NV, targets_N, alpha)  # type: ignore[no-untyped-call]
@@ -119,34 +123,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of softmax(hidden weight' + bias), a few rows at once: all logits are never in memory.
 
     The gradient of the logits, softmax - target, is there as soon as they are, so it is taken on the way forward. A
-    target is a token, or, where `soft_NV` is given, a distribution.
+    row's target is one token, or K that each have a part of it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, targets_N: Tensor, soft_NV: Tensor | None
+        ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, ids_NK: Tensor, parts_NK: Tensor
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         num_rows = max(1, LOGITS_AT_ONCE // weight_VE.size(0))
         grad_hidden_NE = torch.empty_like(hidden_NE) if needs_hidden else None
         grad_weight_VE = torch.zeros_like(weight_VE) if needs_weight else None
         grad_bias_V = torch.zeros_like(bias_V) if needs_bias else None
-        nats_N = hidden_NE.new_empty(len(targets_N))
-        for start in range(0, len(targets_N), num_rows):
+        nats_N = hidden_NE.new_empty(len(ids_NK))
+        parts_NK = parts_NK.to(hidden_NE.dtype)
+        for start in range(0, len(ids_NK), num_rows):
             rows = slice(start, start + num_rows)
-            hidden_ME, targets_M1 = hidden_NE[rows], targets_N[rows, None]
+            hidden_ME, ids_MK, parts_MK = hidden_NE[rows], ids_NK[rows], parts_NK[rows]
             logits_MV = product(hidden_ME, weight_VE.t(), bias_V)
             top_M1 = logits_MV.amax(dim=1, keepdim=True)
-            if soft_NV is None:
-                of_target_M1 = logits_MV.gather(1, targets_M1)
-            else:
-                of_target_M1 = torch.linalg.vecdot(soft_NV[rows], logits_MV)[:, None]
+            of_target_M1 = (logits_MV.gather(1, ids_MK) * parts_MK).sum(dim=1, keepdim=True)
             probs_MV = torch.softmax(logits_MV, dim=1, out=logits_MV)
             nats_N[rows] = (top_M1 - probs_MV.amax(dim=1, keepdim=True).log() - of_target_M1)[:, 0]
-            if soft_NV is None:
-                grad_MV = probs_MV.scatter_add_(1, targets_M1, torch.full_like(top_M1, -1))
-            else:
-                grad_MV = probs_MV.sub_(soft_NV[rows])
+            grad_MV = probs_MV.scatter_add_(1, ids_MK, -parts_MK)
             if grad_hidden_NE is not None:
                 grad_hidden_NE[rows] = product(grad_MV, weight_VE)
             if grad_weight_VE is not None:
@@ -154,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_bias_V is not None:
                 grad_bias_V += grad_MV.sum(dim=0)
         ctx.save_for_backward(grad_hidden_NE, grad_weight_VE, grad_bias_V)
-        ctx.num_rows = len(targets_N)
+        ctx.num_rows = len(ids_NK)
         return nats_N.mean()
 
     @staticmethod

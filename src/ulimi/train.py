@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ulimi.corpus import Corpus, read_lines
 from ulimi.cuda import PRECISIONS, GraphedStep, Step, has_cudnn, product_precision
 from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
-from ulimi.distill import describe_teacher, load_teacher, teacher_networks
+from ulimi.distill import Lessons, describe_teacher, load_teacher, teacher_networks
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.export import describe_export, export_onnx
@@ -252,13 +252,11 @@ class Trainer:
             adopt_weights(self.model, self.tokenizer, init_from)
         self.optimizer = make_optimizer(self.model, recipe.optim)
         self.average = RunningAverage(self.model) if recipe.optim.average_at_start else None
-        self.teacher = load_teacher(teacher, self.device) if teacher is not None else None
-        if self.teacher is not None and teacher is not None:
-            num_networks = len(self.teacher.networks)
-            reporter.note(
-                f"learning from {teacher.dir}: " + ("a network" if num_networks == 1 else f"{num_networks} networks")
-            )
-        self.state = self._initial_state()
+        self.teacher = teacher
+        self.lessons: Lessons | None = None
+        self.taught: dict[int, tuple[Tensor, Tensor]] = {}
+        """what the teacher says of the present window, for each length that has come"""
+        self.state: State = self.model.initial_state(recipe.data.batch_size)
         self.take_gradients: Step = self.gradients
         # The entmax loss looks at values to know when it is done, which a graph cannot.
         if has_cudnn(self.device) and recipe.loss.kind == "cross_entropy":
@@ -292,6 +290,8 @@ class Trainer:
 
     def run(self, checkpoint_minutes: float, tensorboard: bool, should_stop: Callable[[], bool]) -> dict[str, Any]:
         """Train until the recipe says that it is enough; then score the best weights on one stream."""
+        if self.teacher is not None and not self._finished():
+            self.lessons = self._hear_teacher(self.teacher, should_stop)
         writer = _open_tensorboard(self.run_dir / "tensorboard") if tensorboard else None
         while not self._finished():
             self._epoch(checkpoint_minutes, should_stop)
@@ -305,11 +305,29 @@ class Trainer:
             writer.close()
         return self._finish()
 
-    def _initial_state(self) -> State:
-        """Zeros, of the network's layers and behind them of its teacher's."""
-        batch_size = self.recipe.data.batch_size
-        state = self.model.initial_state(batch_size)
-        return state if self.teacher is None else state + self.teacher.initial_state(batch_size)
+    def _hear_teacher(self, run: Run, should_stop: Callable[[], bool]) -> Lessons:
+        """Let the teacher read the training streams; a stop there loses nothing but its time."""
+        teacher = load_teacher(run, self.device)
+        num = len(teacher.networks)
+        self.reporter.note(f"{run.dir} reads the training text: " + ("a network" if num == 1 else f"{num} networks"))
+
+        def on_tokens(done: int) -> None:
+            if should_stop():
+                raise Interrupted
+
+        started = time.perf_counter()
+        with product_precision(self.device, self.precision):
+            lessons = teacher.read_streams(self.streams_BS, on_tokens)
+        self.progress.seconds += time.perf_counter() - started
+        return lessons
+
+    def _lay_out(self, lessons: Lessons, start: int, length: int) -> None:
+        """Put a window of the lessons where `gradients` looks for it: always the same memory, as a graph wants it."""
+        new = lessons.window(start, length)
+        if length not in self.taught:
+            self.taught[length] = new
+        for mine, given in zip(self.taught[length], new, strict=True):
+            mine.copy_(given)
 
     def _finished(self) -> bool:
         p, optim = self.progress, self.recipe.optim
@@ -328,6 +346,8 @@ class Trainer:
         total_loss = torch.tensor(p.epoch_loss, dtype=torch.float64, device=self.device)
         self.model.train()
         for inputs, targets in windows:
+            if self.lessons is not None:
+                self._lay_out(self.lessons, p.position, inputs.shape[1])
             inputs_BT = torch.from_numpy(inputs).to(self.device)
             targets_BT = torch.from_numpy(targets).to(self.device)
             token_loss, self.state = self.take_gradients(inputs_BT, targets_BT, self.state)
@@ -364,25 +384,25 @@ class Trainer:
     def gradients(self, inputs_BT: Tensor, targets_BT: Tensor, state: State) -> tuple[Tensor, State]:
         """Leave a window's clipped gradients in the parameters; give its loss, without AR and TAR, and the state."""
         loss, model = self.recipe.loss, self.model
-        state, teacher_state = state[: len(model.layers)], state[len(model.layers) :]
         self.optimizer.zero_grad(set_to_none=True)
-        soft_NV: Tensor | None = None
+        taught = None
+        if self.lessons is not None:
+            ids_NK, probs_NK = self.taught[inputs_BT.size(1)]
+            taught = ids_NK, probs_NK * loss.teacher_share
         with product_precision(self.device, self.precision):
-            if self.teacher is not None:
-                soft_NV, teacher_state = self.teacher.read(inputs_BT, teacher_state)
             out = model.features(inputs_BT, state, self.rng)
         # float16 would lose the small gradients of the many improbable tokens.
         with product_precision(self.device, "bf16" if self.precision == "fp16" else self.precision):
             token_loss = training_loss(
                 out.dropped.flatten(0, 1), model.lm_head.weight, model.lm_head.bias, targets_BT.flatten(), loss.kind,
-                loss.alpha, soft_NV, loss.teacher_share,
+                loss.alpha, taught,
             )  # fmt: skip
         ar, tar = regularisation(out.raw, out.dropped, loss.ar_alpha, loss.tar_beta)
         # Backward products keep the types of the forward ones, but whether fp32 means TF32 is asked again.
         with product_precision(self.device, "tf32" if self.precision == "tf32" else "fp32"):
             (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), self.recipe.optim.max_grad_norm)
-        return token_loss.detach(), [*detach_state(out.state), *teacher_state]
+        return token_loss.detach(), detach_state(out.state)
 
     def _end_epoch(self) -> dict[str, Any]:
         """Validate the weights that would be saved, save them if they are the best, and look at the trigger."""
@@ -423,7 +443,7 @@ class Trainer:
         self._append_metrics(row)
         p.epoch += 1
         p.position, p.epoch_loss, p.epoch_tokens = 0, 0.0, 0
-        self.state = self._initial_state()
+        self.state = self.model.initial_state(self.recipe.data.batch_size)
         if self._finished() or time.perf_counter() - self.saved >= SECONDS_BETWEEN_SAVES:
             self.save_checkpoint()
             with atomic_path(self.run_dir / "curve.png") as path:
