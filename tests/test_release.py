@@ -186,7 +186,7 @@ def test_the_script_makes_the_model_from_its_corpora(corpora, card, tmp_path):
         open_run(out / name) for name in ("teacher", "pretrain", "finetune", "isizulu")
     )
     for run in (pretrained, finetuned):
-        assert run.meta["teacher"] == {"path": str(teacher.dir.resolve()), "weights_sha256": [teacher.weights_sha256]}
+        assert run.meta["teacher"] == {"path": str(teacher.dir.resolve()), "sha256": [teacher.weights_sha256]}
     assert given.meta["teacher"]["path"] == "teacher"
     assert finetuned.meta["init_from"] == str(pretrained.dir.resolve())
     assert finetuned.tokenizer.to_str() == pretrained.tokenizer.to_str() == teacher.tokenizer.to_str()

@@ -140,7 +140,7 @@ def train(
     ] = False,
     teacher: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Distil: learn this network's, or mixture's, probabilities, too."),
+        typer.Option(metavar="RUN", help="Distil: learn this model's probabilities, too."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")] = False,
     device: DeviceOption = "auto",

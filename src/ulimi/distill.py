@@ -14,21 +14,20 @@ others had goes to the token of the text.
 Legend: B streams, S tokens of a stream, T time steps, N = B T predictions, V vocabulary, K tokens kept.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ulimi.cpu import product
 from ulimi.data import Ids
-from ulimi.engine import load_model
-from ulimi.errors import UlimiError
-from ulimi.model import AWDLSTM, State
-from ulimi.run import AWD_LSTM, Run
+from ulimi.distribution import log_probs
+from ulimi.engine import Engine, EngineState, load_engine
+from ulimi.run import NGRAMS, ONNX, WEIGHTS, Run
 
 KEPT = 32
 """tokens of which a teacher's probability is kept; 6 bytes each"""
@@ -53,85 +52,88 @@ class Lessons:
 
 
 class Teacher:
-    """One network or several, frozen.
+    """One model or several, of whatever kind; nothing of them changes.
 
     Args:
-        networks: in evaluation mode they predict, whatever dropouts they were trained with.
+        engines: of one vocabulary.
         shares: of each in the mean of their probabilities; they add up to 1.
     """
 
-    def __init__(self, networks: Sequence[AWDLSTM], shares: Sequence[float]) -> None:
-        self.networks = [network.eval().requires_grad_(False) for network in networks]
+    def __init__(self, engines: Sequence[Engine], shares: Sequence[float]) -> None:
+        self.engines = list(engines)
         self.shares = list(shares)
 
-    def read(self, tokens_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Read a window: give the probabilities after each token, (N, V) float32, and the state of all networks."""
-        probs_NV: Tensor | None = None
-        new_state: State = []
-        for network, share in zip(self.networks, self.shares, strict=True):
-            own_state = None if state is None else state[len(new_state) : len(new_state) + len(network.layers)]
-            # Not under no_grad: with gradients on, and none of its own to keep, a layer takes its fast way.
-            out = network.features(tokens_BT, own_state)
-            new_state += out.state
-            hidden_NE, head = out.dropped.flatten(0, 1), network.lm_head
-            if hidden_NE.is_cuda:
-                logits_NV = F.linear(hidden_NE, head.weight, head.bias).float()
+    def read(
+        self, tokens_BT: NDArray[np.int64], states: list[EngineState], device: torch.device
+    ) -> tuple[Tensor, list[EngineState]]:
+        """Read a window: give the probabilities after each token, (B, T, V) on `device`, and the new states."""
+        probs_BTV: Tensor | None = None
+        new_states = []
+        for engine, share, state in zip(self.engines, self.shares, states, strict=True):
+            logits_BTV, new_state = engine.logits(tokens_BT, state)
+            new_states.append(new_state)
+            if engine.alpha == 1:
+                part_BTV = torch.softmax(torch.tensor(logits_BTV, device=device), dim=2).mul_(share)
             else:
-                logits_NV = product(hidden_NE.float(), head.weight.t(), head.bias)
-            part_NV = torch.softmax(logits_NV, dim=1).mul_(share)
-            probs_NV = part_NV if probs_NV is None else probs_NV.add_(part_NV)
-        assert probs_NV is not None
-        return probs_NV, new_state
+                part_BTV = torch.tensor(np.exp(log_probs(logits_BTV, engine.alpha)), device=device).float().mul_(share)
+            probs_BTV = part_BTV if probs_BTV is None else probs_BTV.add_(part_BTV)
+        assert probs_BTV is not None
+        return probs_BTV, new_states
 
-    def read_streams(self, streams_BS: Ids, on_tokens: Callable[[int], None] = lambda done: None) -> Lessons:
+    def read_streams(
+        self, streams_BS: Ids, device: torch.device, on_tokens: Callable[[int], None] = lambda done: None
+    ) -> Lessons:
         """Read all streams from their beginning.
 
         Args:
             streams_BS: (B, S).
+            device: of what comes out.
             on_tokens: told how many tokens are done.
         """
-        device = self.networks[0].lm_head.bias.device
         num_streams, length = streams_BS.shape
-        num_kept = min(KEPT, self.networks[0].vocab_size)
-        ids_BSK = torch.empty(num_streams, length, num_kept, dtype=torch.int32, device=device)
-        probs_BSK = torch.empty(num_streams, length, num_kept, dtype=torch.float16, device=device)
-        state: State | None = None
+        shape = num_streams, length, min(KEPT, self.engines[0].vocab_size)
+        lessons = Lessons(
+            torch.empty(shape, dtype=torch.int32, device=device), torch.empty(shape, dtype=torch.float16, device=device)
+        )
+        states = [engine.initial_state(num_streams) for engine in self.engines]
         for start in range(0, length, READING_WINDOW):
             part = slice(start, start + READING_WINDOW)
-            tokens_BT = torch.from_numpy(streams_BS[:, part].astype(np.int64)).to(device)
-            probs_NV, state = self.read(tokens_BT, state)
-            top = probs_NV.topk(num_kept, dim=1)
-            ids_BSK[:, part] = top.indices.view(*tokens_BT.shape, -1).int()
-            probs_BSK[:, part] = top.values.view(*tokens_BT.shape, -1)
+            probs_BTV, states = self.read(streams_BS[:, part].astype(np.int64), states, device)
+            lessons.probs[:, part], lessons.ids[:, part] = probs_BTV.topk(shape[2], dim=2)
             on_tokens(num_streams * min(start + READING_WINDOW, length))
-        return Lessons(ids_BSK, probs_BSK)
+        return lessons
 
 
-def teacher_networks(run: Run) -> list[tuple[Run, float]]:
-    """Give the networks of a teacher and the share of each: itself alone, or what of a mixture are networks.
-
-    Raises:
-        UlimiError: there is none, or one without float weights, or a sparse one.
-    """
-    networks, weights = run.networks("--teacher"), [1.0]
-    if members := run.members():
-        weights = [w for member, w in zip(members, run.config["weights"], strict=True) if member.kind == AWD_LSTM]
-    for network in networks:
-        if network.alpha != 1:
-            raise UlimiError(
-                f"--teacher {run.dir}: {network.dir} is sparse ({network.alpha:g}-entmax); a teacher must leave no "
-                "token without probability: loss.kind = cross_entropy"
-            )
-    return [(network, weight / sum(weights)) for network, weight in zip(networks, weights, strict=True)]
+def _parts(run: Run) -> list[tuple[Run, float]]:
+    """Give the models of a teacher and the share of each: itself alone, or the members of a mixture."""
+    members = run.members()
+    return list(zip(members, run.config["weights"], strict=True)) if members else [(run, 1.0)]
 
 
 def load_teacher(run: Run, device: torch.device) -> Teacher:
-    """Load the networks of a run, as `teacher_networks` gives them."""
-    networks = teacher_networks(run)
-    return Teacher([load_model(network, device) for network, _ in networks], [share for _, share in networks])
+    """Load the model of a run, or those of a mixture: on the CPU by its int8 graph, where there is one; it is faster.
+
+    Raises:
+        UlimiError: as of `ulimi.engine.load_engine`.
+    """
+    on_cpu = device.type == "cpu"
+    parts = _parts(run)
+    return Teacher(
+        [load_engine(part, "cpu" if on_cpu else "auto", exact=not on_cpu) for part, _ in parts],
+        [share for _, share in parts],
+    )
 
 
 def describe_teacher(run: Run) -> dict[str, Any]:
-    """Give what meta.json says of a teacher: where it is, and which weights."""
-    networks = teacher_networks(run)
-    return {"path": str(run.dir.resolve()), "weights_sha256": [network.weights_sha256 for network, _ in networks]}
+    """Give what meta.json says of a teacher: where it is, and the hash of each model's weights, graph or counts.
+
+    Raises:
+        UlimiError: a model is not there, or not yet.
+    """
+    hashes = []
+    for part, _ in _parts(run):
+        there = [path for path in part.model_files() if path.name in (WEIGHTS, ONNX, NGRAMS)]
+        path = there[0] if there else part.weights_path
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return {"path": str(run.dir.resolve()), "sha256": hashes}

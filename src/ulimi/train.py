@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ulimi.corpus import Corpus, read_lines
 from ulimi.cuda import PRECISIONS, GraphedStep, Step, has_cudnn, product_precision
 from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
-from ulimi.distill import Lessons, describe_teacher, load_teacher, teacher_networks
+from ulimi.distill import Lessons, describe_teacher, load_teacher
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.export import describe_export, export_onnx
@@ -48,6 +48,9 @@ LOCK = ".lock"
 
 CHECK_EVERY = 20
 """steps between two looks at the loss: each look makes a GPU wait"""
+
+SECONDS_BETWEEN_NOTES = 30.0
+"""while a teacher reads"""
 
 SECONDS_BETWEEN_SAVES = 10.0
 """on a GPU an epoch may take a second, and writing all of it down as long: the end of an epoch waits for this"""
@@ -139,8 +142,8 @@ def train(
         recipe: all settings.
         init_from: start from this run's best weights and tokenizer.
         new_tokenizer: with `init_from`: train a tokenizer on this corpus; known pieces keep their vectors.
-        teacher: learn what this network, or these of a mixture, find probable, too; its tokenizer is kept. With
-            `resume`: where the run's own teacher now is, if it was moved.
+        teacher: learn what this model, whatever its kind, finds probable, too; its tokenizer is kept. With `resume`:
+            where the run's own teacher now is, if it was moved.
         resume: go on from the folder's checkpoint.
         device: "cpu", "cuda", or "auto".
         precision: of products, see `ulimi.cuda.PRECISIONS`; "auto": a resumed run's own, fp32 on a CPU, bf16 on a GPU.
@@ -159,13 +162,13 @@ def train(
     """
     # Before anything is made there; the trainer asks again, when no other training can get in between.
     claim_folder(run_dir, recipe, resume=resume, init_from=init_from)
-    giver = init_from if init_from is not None and not new_tokenizer else None
-    if giver is None and teacher is not None and not resume:
-        giver = teacher_networks(teacher)[0][0]
-    if giver is not None:
-        # The recipe of a run says what its tokenizer is.
-        source = build_recipe(giver.recipe, source=f"{giver.dir}/recipe.toml")
+    # The recipe of a run says what its tokenizer is.
+    if init_from is not None and not new_tokenizer:
+        source = build_recipe(init_from.recipe, source=f"{init_from.dir}/recipe.toml")
         recipe = recipe.model_copy(update={"tokenizer": source.tokenizer})
+    elif teacher is not None and not resume:
+        known = {"kind": teacher.tokenizer.kind, "vocab_size": teacher.tokenizer.vocab_size}
+        recipe = recipe.model_copy(update={"tokenizer": recipe.tokenizer.model_copy(update=known)})
     with locked(run_dir):
         trainer = Trainer(
             corpus, run_dir, recipe, init_from=init_from, new_tokenizer=new_tokenizer, teacher=teacher, resume=resume,
@@ -308,16 +311,19 @@ class Trainer:
     def _hear_teacher(self, run: Run, should_stop: Callable[[], bool]) -> Lessons:
         """Let the teacher read the training streams; a stop there loses nothing but its time."""
         teacher = load_teacher(run, self.device)
-        num = len(teacher.networks)
-        self.reporter.note(f"{run.dir} reads the training text: " + ("a network" if num == 1 else f"{num} networks"))
+        self.reporter.note(f"the teacher, {run.dir}, reads the training text")
+        started = told = time.perf_counter()
 
         def on_tokens(done: int) -> None:
+            nonlocal told
             if should_stop():
                 raise Interrupted
+            if time.perf_counter() - told > SECONDS_BETWEEN_NOTES:
+                told = time.perf_counter()
+                rate = done / (told - started)
+                self.reporter.note(f"the teacher has read {done / self.streams_BS.size:.0%}  {rate:,.0f} tokens/s")
 
-        started = time.perf_counter()
-        with product_precision(self.device, self.precision):
-            lessons = teacher.read_streams(self.streams_BS, on_tokens)
+        lessons = teacher.read_streams(self.streams_BS, self.device, on_tokens)
         self.progress.seconds += time.perf_counter() - started
         return lessons
 
@@ -652,9 +658,9 @@ def find_teacher(given: Run | None, old: Run | None, init_from: Run | None, reci
         teacher = open_run(Path(known["path"]))
     if teacher is None:
         return None
-    if known is not None and describe_teacher(teacher)["weights_sha256"] != known["weights_sha256"]:
-        raise UlimiError(f"--teacher {teacher.dir}: its weights are not those that this run has learnt from so far")
-    teacher_networks(teacher)
+    described = describe_teacher(teacher)
+    if known is not None and described["sha256"] != known["sha256"]:
+        raise UlimiError(f"--teacher {teacher.dir}: is not the model that this run has learnt from so far")
     start = old or init_from
     if start is not None and start.tokenizer.to_str() != teacher.tokenizer.to_str():
         raise UlimiError(
