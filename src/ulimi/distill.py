@@ -8,8 +8,10 @@ little text a pupil may come out better than teachers of its own size (Furlanell
 networks"; Timiryasov & Tastet 2023, "Baby Llama").
 
 The teacher's state goes through the training streams as the pupil's does, and it has no dropout: it would say the same
-in each epoch. So it reads them once, before, and of each place the `KEPT` most probable tokens are kept. What the
-others had goes to the token of the text.
+in each epoch. So it reads them once, before. Of each place the `KEPT` most probable tokens are kept, and `DRAWN` of the
+others stand for all the rest, each for an equal part: they are drawn by their probabilities, so that what is learnt is
+in expectation the teacher's whole distribution. To leave the rest out teaches a sharper one, and less (Anshumann et al.
+2025, "Sparse logit sampling"; docs/experiments.md).
 
 Legend: B streams, S tokens of a stream, T time steps, N = B T predictions, V vocabulary, K tokens kept.
 """
@@ -29,8 +31,11 @@ from ulimi.distribution import log_probs
 from ulimi.engine import Engine, EngineState, load_engine
 from ulimi.run import NGRAMS, ONNX, WEIGHTS, Run
 
-KEPT = 32
+KEPT = 16
 """tokens of which a teacher's probability is kept; 6 bytes each"""
+
+DRAWN = 16
+"""further ones, for the rest; as many bytes"""
 
 READING_WINDOW = 64
 """tokens that a teacher reads at once: what it says of them all is in memory for a moment, B x 64 x V numbers"""
@@ -38,12 +43,12 @@ READING_WINDOW = 64
 
 @dataclass(frozen=True)
 class Lessons:
-    """What a teacher says after each token of the streams: its most probable tokens, on the pupil's device."""
+    """What a teacher says after each token of the streams, on the pupil's device; a token may come more than once."""
 
     ids: Tensor
     """(B, S, K), int32"""
     probs: Tensor
-    """(B, S, K), float16"""
+    """(B, S, K), float16; the K of a place add up to 1"""
 
     def window(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Give a window's ids, (N, K) int64, and probabilities, (N, K) float32."""
@@ -81,17 +86,17 @@ class Teacher:
         return probs_BTV, new_states
 
     def read_streams(
-        self, streams_BS: Ids, device: torch.device, on_tokens: Callable[[int], None] = lambda done: None
+        self, streams_BS: Ids, rng: torch.Generator, on_tokens: Callable[[int], None] = lambda done: None
     ) -> Lessons:
         """Read all streams from their beginning.
 
         Args:
             streams_BS: (B, S).
-            device: of what comes out.
+            rng: draws the tokens that stand for the rest; what comes out is on its device.
             on_tokens: told how many tokens are done.
         """
         num_streams, length = streams_BS.shape
-        shape = num_streams, length, min(KEPT, self.engines[0].vocab_size)
+        shape, device = (num_streams, length, min(KEPT, self.engines[0].vocab_size) + DRAWN), rng.device
         lessons = Lessons(
             torch.empty(shape, dtype=torch.int32, device=device), torch.empty(shape, dtype=torch.float16, device=device)
         )
@@ -99,9 +104,25 @@ class Teacher:
         for start in range(0, length, READING_WINDOW):
             part = slice(start, start + READING_WINDOW)
             probs_BTV, states = self.read(streams_BS[:, part].astype(np.int64), states, device)
-            lessons.probs[:, part], lessons.ids[:, part] = probs_BTV.topk(shape[2], dim=2)
+            lessons.ids[:, part], lessons.probs[:, part] = _abridge(probs_BTV, rng)
             on_tokens(num_streams * min(start + READING_WINDOW, length))
         return lessons
+
+
+def _abridge(probs_BTV: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Give the ids, (B, T, K), and parts, (B, T, K), that stand for distributions; `probs_BTV` is written over."""
+    num_tokens = probs_BTV.size(2)
+    top = probs_BTV.topk(min(KEPT, num_tokens), dim=2)
+    rest_BTV = probs_BTV.scatter_(2, top.indices, 0.0).cumsum_(dim=2)
+    total_BT1 = rest_BTV[..., -1:].clone()
+    # Systematic sampling: equal steps from one random start, so that no draw repeats what another stands for.
+    start_BT1 = torch.rand(total_BT1.shape, generator=rng, device=rng.device)
+    steps_D = torch.arange(DRAWN, device=rng.device)
+    drawn_BTD = torch.searchsorted(rest_BTV, (start_BT1 + steps_D) * (total_BT1 / DRAWN), right=True)
+    parts_BTD = (total_BT1 / DRAWN).expand(-1, -1, DRAWN)
+    return torch.cat([top.indices, drawn_BTD.clamp_(max=num_tokens - 1)], dim=2), torch.cat(
+        [top.values, parts_BTD], dim=2
+    )
 
 
 def _parts(run: Run) -> list[tuple[Run, float]]:

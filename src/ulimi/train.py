@@ -323,7 +323,9 @@ class Trainer:
                 rate = done / (told - started)
                 self.reporter.note(f"the teacher has read {done / self.streams_BS.size:.0%}  {rate:,.0f} tokens/s")
 
-        lessons = teacher.read_streams(self.streams_BS, self.device, on_tokens)
+        # Of its own, so that a resumed run hears the same.
+        rng = torch.Generator(device=self.device).manual_seed(self.recipe.optim.seed)
+        lessons = teacher.read_streams(self.streams_BS, rng, on_tokens)
         self.progress.seconds += time.perf_counter() - started
         return lessons
 
