@@ -249,6 +249,17 @@ def test_operators_that_have_changed_are_not_used(monkeypatch):
         cpu._has_onednn.cache_clear()
 
 
+def test_whoever_asks_first_in_half_precision_gets_the_same_answer():
+    cpu._has_onednn.cache_clear()
+    found = cpu._has_onednn()
+    cpu._has_onednn.cache_clear()
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cpu._has_onednn() == found
+    finally:
+        cpu._has_onednn.cache_clear()
+
+
 # The loss
 
 

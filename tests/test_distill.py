@@ -1,5 +1,6 @@
 """Distillation: the loss against plain autograd, what a teacher says, exact resume, and teachers that do not fit."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -133,10 +134,24 @@ def test_in_half_precision_the_loss_is_the_same_but_for_rounding():
         torch.testing.assert_close(rounded.float(), plain, rtol=0.05, atol=0.02)
 
 
+def test_no_part_of_a_target_is_negative():
+    """Rounded to float16, a teacher's parts may add up to more than 1."""
+    bias_V, ids_NK = torch.zeros(3, requires_grad=True), torch.tensor([[0, 1]])
+    parts_NK = torch.tensor([[0.6, 0.4005]])
+    training_loss(
+        torch.zeros(1, 2), torch.zeros(3, 2), bias_V, torch.tensor([2]), "cross_entropy", 1.0, (ids_NK, parts_NK)
+    ).backward()
+    assert bias_V.grad[2].item() == pytest.approx(1 / 3, abs=1e-6)
+
+
 # What a teacher says
 
 
 CPU = torch.device("cpu")
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
@@ -157,30 +172,66 @@ def test_a_teacher_says_the_mean_of_its_models_window_after_window(alpha):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), 0.75 * whole[0] + 0.25 * whole[1], rtol=1e-4, atol=1e-5)
 
 
+def rng_of(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.mark.parametrize("length", [1, 5, 6, 12])
-def test_of_the_streams_the_most_probable_tokens_of_each_place_are_kept(monkeypatch, length):
+def test_of_each_place_of_the_streams_the_most_probable_tokens_are_kept_and_others_drawn(monkeypatch, length):
     monkeypatch.setattr("ulimi.distill.KEPT", 4)
+    monkeypatch.setattr("ulimi.distill.DRAWN", 3)
     monkeypatch.setattr("ulimi.distill.READING_WINDOW", 5)
     network, told = tiny_model(5), []
     streams_BS = np.random.default_rng(6).integers(0, 30, (3, length)).astype(np.uint16)
-    lessons = Teacher([TorchEngine(network)], [1.0]).read_streams(streams_BS, CPU, told.append)
+    lessons = Teacher([TorchEngine(network)], [1.0]).read_streams(streams_BS, rng_of(1), told.append)
     assert told[-1] == 3 * length
     with torch.no_grad():
         probs_BSV = torch.softmax(network(torch.from_numpy(streams_BS.astype(np.int64))).logits, dim=2)
-    assert lessons.ids.shape == lessons.probs.shape == (3, length, 4)
-    torch.testing.assert_close(lessons.probs.float(), probs_BSV.topk(4, dim=2).values, rtol=2e-3, atol=1e-5)
+    assert lessons.ids.shape == lessons.probs.shape == (3, length, 7)
+    top = probs_BSV.topk(4, dim=2)
+    torch.testing.assert_close(lessons.probs[..., :4].float(), top.values, rtol=2e-3, atol=1e-5)
     torch.testing.assert_close(
-        probs_BSV.gather(2, lessons.ids.long()), lessons.probs.float(), rtol=2e-3, atol=1e-5
+        probs_BSV.gather(2, lessons.ids[..., :4].long()), top.values, rtol=2e-3, atol=1e-5
     )  # fmt: skip
+    rest_BS1 = 1 - top.values.sum(dim=2, keepdim=True)
+    torch.testing.assert_close(lessons.probs[..., 4:].float(), (rest_BS1 / 3).expand(-1, -1, 3), rtol=2e-3, atol=1e-4)
+    # Nobody is drawn who is kept.
+    assert not (lessons.ids[..., 4:, None] == lessons.ids[..., None, :4]).any()
     ids_NK, probs_NK = lessons.window(1, 2)
-    assert torch.equal(ids_NK, lessons.ids[:, 1:3].reshape(-1, 4).long())
-    assert torch.equal(probs_NK, lessons.probs[:, 1:3].reshape(-1, 4).float())
+    assert torch.equal(ids_NK, lessons.ids[:, 1:3].reshape(-1, 7).long())
+    assert torch.equal(probs_NK, lessons.probs[:, 1:3].reshape(-1, 7).float())
 
 
-def test_more_tokens_than_there_are_cannot_be_kept():
-    lessons = Teacher([TorchEngine(tiny_model(5))], [1.0]).read_streams(np.array([[1, 2, 3]], dtype=np.uint16), CPU)
-    assert lessons.probs.shape == (1, 3, 30)
+def test_what_is_drawn_is_in_the_mean_the_whole_distribution(monkeypatch):
+    monkeypatch.setattr("ulimi.distill.KEPT", 3)
+    monkeypatch.setattr("ulimi.distill.DRAWN", 4)
+    network = tiny_model(5)
+    same_BS = np.full((4000, 1), 7, dtype=np.uint16)
+    lessons = Teacher([TorchEngine(network)], [1.0]).read_streams(same_BS, rng_of(2))
+    mean_V = torch.zeros(30, dtype=torch.float64)
+    mean_V.index_add_(0, lessons.ids.flatten().long(), lessons.probs.flatten().double() / 4000)
+    with torch.no_grad():
+        probs_V = torch.softmax(network(torch.tensor([[7]])).logits, dim=2)[0, 0].double()
+    assert probs_V.min() > 0.005
+    torch.testing.assert_close(mean_V, probs_V, rtol=0.1, atol=1e-4)
+    # The draws of one place are spread over the rest: each is in another quarter of it.
+    assert (lessons.ids[..., 3:].reshape(4000, 4).diff(dim=1) >= 0).all()
+    again = Teacher([TorchEngine(network)], [1.0]).read_streams(same_BS, rng_of(2))
+    assert torch.equal(again.ids, lessons.ids)
+
+
+def test_of_few_tokens_and_of_a_certain_teacher_nothing_is_left_to_draw():
+    few = tiny_model(5)
+    lessons = Teacher([TorchEngine(few)], [1.0]).read_streams(np.array([[1, 2, 3]], dtype=np.uint16), rng_of(3))
+    assert lessons.probs.shape == (1, 3, 32)
     torch.testing.assert_close(lessons.probs.float().sum(dim=2), torch.ones(1, 3), atol=2e-3, rtol=0)
+    with torch.no_grad():
+        few.lm_head.bias[4] += 1000.0  # all others round to 0
+    lessons = Teacher([TorchEngine(few)], [1.0]).read_streams(np.array([[1, 2, 3]], dtype=np.uint16), rng_of(3))
+    assert (lessons.ids[..., 0] == 4).all()
+    assert (lessons.probs[..., 0] == 1).all()
+    assert (lessons.probs[..., 1:] == 0).all()
+    assert ((lessons.ids >= 0) & (lessons.ids < 30)).all()
 
 
 def test_the_members_of_a_mixture_teach_by_their_weights(ensemble_dir):
@@ -208,7 +259,7 @@ def all_kept(monkeypatch):
 
 def first_window(pupil, length=8):
     """What the first step of a trainer would see, the teacher heard."""
-    pupil.lessons = pupil._hear_teacher(pupil.teacher, lambda: False)
+    pupil.lessons = pupil._hear(pupil.teacher, lambda: False)
     pupil._lay_out(pupil.lessons, 0, length)
     tokens_BT = torch.from_numpy(pupil.streams_BS[:, : length + 1].astype(np.int64))
     return tokens_BT[:, :-1], tokens_BT[:, 1:]
@@ -263,8 +314,9 @@ def test_a_pupil_comes_nearer_to_its_teacher_than_the_text_alone_brings_it(tmp_p
         assert run.tokenizer.vocab_size == 330  # the teacher's, whatever the recipe says
         assert run.recipe["tokenizer"]["vocab_size"] == 330
         assert run.meta["teacher"] == {
-            "path": str(teacher_dir.resolve()), "sha256": [open_run(teacher_dir).weights_sha256],
-        }  # fmt: skip
+            "path": str(teacher_dir.resolve()),
+            "sha256": [sha256(teacher_dir / name) for name in (WEIGHTS, "model.onnx")],
+        }
         ids = run.tokenizer.encode_lines(synthetic_lines(8, seed=77))
         tokens_BT = torch.tensor([[token for line in ids for token in line][:60]])
         states = [engine.initial_state(1) for engine in teacher.engines]
@@ -275,6 +327,7 @@ def test_a_pupil_comes_nearer_to_its_teacher_than_the_text_alone_brings_it(tmp_p
     assert distances[1.0] < 0.8 * distances[0.0]
 
 
+@pytest.mark.usefixtures("all_kept")
 def test_the_recorded_loss_is_that_of_the_mixed_targets(tmp_path, corpus, teacher_dir):
     pupil = make_trainer(
         corpus, tmp_path / "run", *NO_DROPOUT, "loss.teacher_share=0.25", teacher=open_run(teacher_dir)
@@ -284,10 +337,7 @@ def test_the_recorded_loss_is_that_of_the_mixed_targets(tmp_path, corpus, teache
     teacher = load_teacher(open_run(teacher_dir), CPU)
     states = [engine.initial_state(4) for engine in teacher.engines]
     probs_NV = teacher.read(inputs_BT.numpy(), states, CPU)[0].flatten(0, 1)
-    top = probs_NV.topk(32, dim=1)
-    assert 0.1 < top.values.sum(dim=1).mean() < 0.95  # so something is left for the text
-    wanted_NV = 0.25 * torch.zeros_like(probs_NV).scatter_(1, top.indices, top.values)
-    wanted_NV += (1 - wanted_NV.sum(dim=1, keepdim=True)) * F.one_hot(targets_BT.flatten(), 330)
+    wanted_NV = 0.25 * probs_NV + 0.75 * F.one_hot(targets_BT.flatten(), 330)
     with torch.no_grad():
         logits_NV = pupil.model(inputs_BT, pupil.model.initial_state(4)).logits.flatten(0, 1)
     assert loss.item() == pytest.approx(F.cross_entropy(logits_NV, wanted_NV).item(), rel=1e-4)
@@ -304,7 +354,7 @@ def test_a_pupil_stopped_and_resumed_is_the_one_that_was_not(tmp_path, corpus, e
     recipe = tiny("tokenizer.vocab_size=330")  # as recipe.toml says
     train(corpus, pieces, recipe, resume=True)
     assert_same_run(whole, pieces)
-    assert len(set(open_run(whole).meta["teacher"]["sha256"])) == 3
+    assert len(set(open_run(whole).meta["teacher"]["sha256"])) == 4  # of two models of weights, a graph, counts
 
 
 def test_the_teachers_time_is_part_of_the_run_and_its_progress_is_told(tmp_path, corpus, teacher_dir, monkeypatch):
@@ -313,7 +363,7 @@ def test_the_teachers_time_is_part_of_the_run_and_its_progress_is_told(tmp_path,
     clock = itertools.count(0, 20)
     monkeypatch.setattr("ulimi.train.time.perf_counter", lambda: next(clock))
     monkeypatch.setattr("ulimi.distill.READING_WINDOW", -(-pupil.streams_BS.shape[1] // 4))
-    pupil._hear_teacher(pupil.teacher, lambda: False)
+    pupil._hear(pupil.teacher, lambda: False)
     assert pupil.progress.seconds == next(clock) - 20
     told = [note for note in recorder.notes if note.startswith("the teacher has read")]
     assert len(told) == 2
@@ -329,15 +379,48 @@ def test_a_teacher_that_has_moved_is_asked_for_and_another_is_refused(tmp_path, 
     moved = home.rename(tmp_path / "moved")
     said = refusal(lambda: train(corpus, run_dir, recipe, resume=True))
     assert said == f"the teacher of this run, {home}, is gone; say where it is now: --teacher RUN"
-    stranger = Path(shutil.copytree(teacher_dir, tmp_path / "stranger"))
-    weights = bytearray((stranger / WEIGHTS).read_bytes())
-    weights[-1] ^= 1
-    (stranger / WEIGHTS).write_bytes(weights)
-    said = refusal(lambda: train(corpus, run_dir, recipe, resume=True, teacher=open_run(stranger)))
-    assert "is not the model that this run has learnt from so far" in said
+    for name in (WEIGHTS, "model.onnx"):
+        stranger = Path(shutil.copytree(teacher_dir, tmp_path / f"stranger-{name}"))
+        (stranger / name).unlink()
+        said = refusal(
+            lambda stranger=stranger: train(corpus, run_dir, recipe, resume=True, teacher=open_run(stranger))
+        )
+        assert "is not the model that this run has learnt from so far" in said
     train(corpus, run_dir, recipe, resume=True, teacher=open_run(moved))
     assert open_run(run_dir).meta["teacher"]["path"] == str(moved)
     assert math.isfinite(open_run(run_dir).meta["scores"]["valid"]["nats"])
+    moved.rename(home)
+    train(corpus, run_dir, recipe, resume=True)  # it is finished: nobody is asked
+    said = refusal(lambda: train(corpus, run_dir, tiny("tokenizer.vocab_size=330", "optim.max_epochs=9"), resume=True))
+    assert "is gone" in said
+
+
+def test_a_teacher_that_cannot_be_loaded_leaves_no_run(tmp_path, corpus, teacher_dir):
+    broken = Path(shutil.copytree(teacher_dir, tmp_path / "broken"))
+    (broken / "model.onnx").unlink()
+    (broken / WEIGHTS).write_bytes((broken / WEIGHTS).read_bytes()[:1000])
+    assert WEIGHTS in refusal(lambda: train(corpus, tmp_path / "run", tiny(), teacher=open_run(broken)))
+    assert not (tmp_path / "run").exists()
+    train(corpus, tmp_path / "run", tiny("optim.max_epochs=1"), teacher=open_run(teacher_dir))
+
+
+def test_a_run_is_resumed_by_the_command_that_began_it(tmp_path, works, corpus_dir, teacher_dir):
+    """The recipe says another tokenizer than the teacher's, which was taken."""
+    (tmp_path / "recipe.toml").write_text(tiny("optim.max_epochs=1").to_toml())
+    begun = (
+        "train",
+        corpus_dir,
+        "-o",
+        tmp_path / "run",
+        "--recipe",
+        tmp_path / "recipe.toml",
+        "--teacher",
+        teacher_dir,
+    )
+    works(*begun)
+    works(*begun, "optim.max_epochs=2", "--resume")
+    assert [row["epoch"] for row in open_run(tmp_path / "run").metrics()] == [1, 2]
+    assert open_run(tmp_path / "run").recipe["tokenizer"]["vocab_size"] == 330
 
 
 # The command line
@@ -347,7 +430,7 @@ def test_the_command_line_distils_and_says_so(tmp_path, works, corpus_dir, teach
     run_dir = tmp_path / "pupil"
     recipe = [setting for setting in TINY if not setting.startswith("tokenizer")]
     done = works("train", corpus_dir, *recipe, "optim.max_epochs=1", "-o", run_dir, "--teacher", teacher_dir)
-    assert f"the teacher, {teacher_dir}, reads the training text" in done.err + done.out
+    assert "the teacher reads the training text" in done.err + done.out
     shown = works("info", run_dir)
     assert str(teacher_dir) in shown.out
     assert json.loads(works("info", run_dir, "--json").out)["teacher"]["path"] == str(teacher_dir.resolve())

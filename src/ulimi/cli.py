@@ -191,6 +191,10 @@ def train(
             chosen = build_recipe(source.recipe, ["optim.average_at_start=true", *overrides], source=name)
     else:
         chosen = load_recipe(None, overrides)
+    if resume and recipe is not None and (out / "recipe.toml").is_file() and open_run(out).meta.get("teacher"):
+        # The tokenizer was the teacher's, whatever the recipe said.
+        own = build_recipe(open_run(out).recipe, source=f"{out}/recipe.toml")
+        chosen = chosen.model_copy(update={"tokenizer": own.tokenizer})
     if threads:
         torch.set_num_threads(threads)
 

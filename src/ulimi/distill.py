@@ -146,15 +146,16 @@ def load_teacher(run: Run, device: torch.device) -> Teacher:
 
 
 def describe_teacher(run: Run) -> dict[str, Any]:
-    """Give what meta.json says of a teacher: where it is, and the hash of each model's weights, graph or counts.
+    """Give what meta.json says of a teacher: where it is, and the hashes of its weights, graphs and counts.
 
     Raises:
         UlimiError: a model is not there, or not yet.
     """
     hashes = []
     for part, _ in _parts(run):
+        # Whichever of them the engine takes: without the others it may be another one.
         there = [path for path in part.model_files() if path.name in (WEIGHTS, ONNX, NGRAMS)]
-        path = there[0] if there else part.weights_path
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        for path in there or [part.weights_path]:
+            with path.open("rb") as file:
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
     return {"path": str(run.dir.resolve()), "sha256": hashes}

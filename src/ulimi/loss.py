@@ -46,7 +46,7 @@ def training_loss(
     loss: Tensor
     if taught is not None:
         ids_NK, parts_NK = taught
-        rest_N1 = 1 - parts_NK.sum(dim=1, keepdim=True)
+        rest_N1 = (1 - parts_NK.sum(dim=1, keepdim=True)).clamp_(min=0)  # parts are rounded, perhaps upwards
         taught = torch.cat([ids_NK, targets_N[:, None]], dim=1), torch.cat([parts_NK, rest_N1], dim=1)
     half = torch.is_autocast_enabled(hidden_NE.device.type)
     # On a GPU memory is no concern and each further kernel is; in half precision the softmax is another type's.

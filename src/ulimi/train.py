@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ulimi.corpus import Corpus, read_lines
 from ulimi.cuda import PRECISIONS, GraphedStep, Step, has_cudnn, product_precision
 from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
-from ulimi.distill import Lessons, describe_teacher, load_teacher
+from ulimi.distill import Lessons, Teacher, describe_teacher, load_teacher
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.export import describe_export, export_onnx
@@ -255,7 +255,8 @@ class Trainer:
             adopt_weights(self.model, self.tokenizer, init_from)
         self.optimizer = make_optimizer(self.model, recipe.optim)
         self.average = RunningAverage(self.model) if recipe.optim.average_at_start else None
-        self.teacher = teacher
+        # Now: one that cannot be loaded must not leave a run behind.
+        self.teacher = load_teacher(teacher, self.device) if teacher is not None else None
         self.lessons: Lessons | None = None
         self.taught: dict[int, tuple[Tensor, Tensor]] = {}
         """what the teacher says of the present window, for each length that has come"""
@@ -269,7 +270,8 @@ class Trainer:
         """best weights that are not written yet"""
         self.saved = time.perf_counter()
         self.meta = old.meta if old is not None else self._new_meta(corpus, init_from)
-        self.meta["teacher"] = describe_teacher(teacher) if teacher is not None else None
+        if teacher is not None:
+            self.meta["teacher"] = describe_teacher(teacher)
         if old is not None:
             self._load_checkpoint()
             if precision == "auto":
@@ -294,7 +296,8 @@ class Trainer:
     def run(self, checkpoint_minutes: float, tensorboard: bool, should_stop: Callable[[], bool]) -> dict[str, Any]:
         """Train until the recipe says that it is enough; then score the best weights on one stream."""
         if self.teacher is not None and not self._finished():
-            self.lessons = self._hear_teacher(self.teacher, should_stop)
+            self.lessons = self._hear(self.teacher, should_stop)
+            self.teacher = None  # it may be large
         writer = _open_tensorboard(self.run_dir / "tensorboard") if tensorboard else None
         while not self._finished():
             self._epoch(checkpoint_minutes, should_stop)
@@ -308,10 +311,9 @@ class Trainer:
             writer.close()
         return self._finish()
 
-    def _hear_teacher(self, run: Run, should_stop: Callable[[], bool]) -> Lessons:
+    def _hear(self, teacher: Teacher, should_stop: Callable[[], bool]) -> Lessons:
         """Let the teacher read the training streams; a stop there loses nothing but its time."""
-        teacher = load_teacher(run, self.device)
-        self.reporter.note(f"the teacher, {run.dir}, reads the training text")
+        self.reporter.note("the teacher reads the training text")
         started = told = time.perf_counter()
 
         def on_tokens(done: int) -> None:
@@ -653,6 +655,8 @@ def find_teacher(given: Run | None, old: Run | None, init_from: Run | None, reci
         if given is not None:
             raise UlimiError(f"--teacher {given.dir}: the run in {old.dir} has no teacher; leave out --teacher")
         return None
+    if old is not None and old.meta.get("training", {}).get("epochs", 0) >= recipe.optim.max_epochs:
+        return None  # it is finished
     teacher = given
     if known is not None and teacher is None:
         if not Path(known["path"]).is_dir():
@@ -661,10 +665,10 @@ def find_teacher(given: Run | None, old: Run | None, init_from: Run | None, reci
     if teacher is None:
         return None
     described = describe_teacher(teacher)
-    if known is not None and described["sha256"] != known["sha256"]:
+    if known is not None and described["sha256"] != known.get("sha256"):
         raise UlimiError(f"--teacher {teacher.dir}: is not the model that this run has learnt from so far")
-    start = old or init_from
-    if start is not None and start.tokenizer.to_str() != teacher.tokenizer.to_str():
+    start = old or init_from or teacher
+    if start.tokenizer.to_str() != teacher.tokenizer.to_str():
         raise UlimiError(
             f"--teacher {teacher.dir}: has another tokenizer than {start.dir}; both must have the same one"
         )
