@@ -119,10 +119,8 @@ def _abridge(probs_BTV: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     start_BT1 = torch.rand(total_BT1.shape, generator=rng, device=rng.device)
     steps_D = torch.arange(DRAWN, device=rng.device)
     drawn_BTD = torch.searchsorted(rest_BTV, (start_BT1 + steps_D) * (total_BT1 / DRAWN), right=True)
-    parts_BTD = (total_BT1 / DRAWN).expand(-1, -1, DRAWN)
-    return torch.cat([top.indices, drawn_BTD.clamp_(max=num_tokens - 1)], dim=2), torch.cat(
-        [top.values, parts_BTD], dim=2
-    )
+    ids_BTK = torch.cat([top.indices, drawn_BTD.clamp_(max=num_tokens - 1)], dim=2)
+    return ids_BTK, torch.cat([top.values, (total_BT1 / DRAWN).expand_as(drawn_BTD)], dim=2)
 
 
 def _parts(run: Run) -> list[tuple[Run, float]]:
