@@ -2,7 +2,7 @@
 #   make demo   trains a small isiZulu model on samples/, scores it and lets it write
 #   make test   passes the tests
 # and one that trains the shipped model again from its corpora (scripts/isizulu-card.md names them), in minutes on a GPU,
-# in most of a day without:
+# in more than a day without:
 #   make isizulu-model CORPORA=/path/to/corpora
 # Each makes its own environment in .venv first; the second time there is nothing to do.
 
