@@ -411,6 +411,8 @@ HEAD = b"POST /suggest HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/
     (HEAD + b"Transfer-Encoding: chunked\r\n\r\ne\r\n" + b'{"text": "Ab"}' + b"\r\n0\r\n\r\n", b"HTTP/1.1 200"),
     (b"GET /model HTTP/1.1\r\nHost: evil.example\r\n\r\n", b"HTTP/1.1 400"),
     (b"GET /model HTTP/1.1\r\nHost: localhost:8000\r\n\r\n", b"HTTP/1.1 200"),
+    (b"GET /model HTTP/1.1\r\nHost: [::1]:8000\r\n\r\n", b"HTTP/1.1 200"),
+    (b"GET /model HTTP/1.1\r\nHost: [2001:db8::1]:8000\r\n\r\n", b"HTTP/1.1 400"),
     (b"hello\r\n\r\n", b"HTTP/1.1 400"),
     (b"", b""),
 ])  # fmt: skip
@@ -482,16 +484,34 @@ def test_addresses_that_are_none(refused, server):
     assert "no run folder" in refused("serve", "-m", "nowhere")
 
 
-def test_the_command_serves_until_it_is_stopped(tiny_run):
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as one:
+            one.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_command_serves_until_it_is_stopped(tiny_run, host):
+    if host == "::1" and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
     process = subprocess.Popen(
-        [sys.executable, "-m", "ulimi", "serve", "-m", tiny_run.dir, "--port", "0"],
+        [sys.executable, "-m", "ulimi", "serve", "-m", tiny_run.dir, "--port", "0", "--host", host],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": ""},
     )  # fmt: skip
     try:
         said = process.stdout.readline()
-        url = re.match(r"(http://127\.0\.0\.1:\d+) serves .*tiny; Ctrl-C ends it", said)[1]
+        url = re.match(r"(http://(?:127\.0\.0\.1|\[::1\]):\d+) serves .*tiny; Ctrl-C ends it", said)[1]
         with urllib.request.urlopen(f"{url}/model", timeout=30) as answer:
             assert json.loads(answer.read())["model"] == "tiny"
+        # A page of another site that gives its own name this machine's address.
+        stranger = urllib.request.Request(f"{url}/model", headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(stranger, timeout=30)
+        assert caught.value.code == 400
+        caught.value.close()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     finally:

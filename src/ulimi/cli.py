@@ -847,7 +847,7 @@ def serve(
 
     run = open_run(model)
     service = Service(run.dir.resolve().name, load_engine(run, device, kind=engine), run.tokenizer)
-    app = make_app(service, allow_origin or [], any_host=host not in LOOPBACK)
+    app = make_app(service, allow_origin or [], any_host=host not in LOOPBACK and host != "::1")
     with listen(host, port) as listener:
         typer.echo(f"{url_of(listener)} serves {model}; Ctrl-C ends it")
         with suppress(KeyboardInterrupt):

@@ -61,8 +61,8 @@ PAGE_POLICY = (
 )
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
-LOOPBACK = ["127.0.0.1", "localhost"]
-"""names that only this machine is called by, from itself"""
+LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
+"""names that only this machine is called by, from itself, as a browser writes them"""
 
 ORIGIN = re.compile(r"https?://[!-.0-~]+|\*")
 """what browsers send as Origin, or all of them"""
