@@ -180,10 +180,15 @@ def train(
             raise UlimiError("--teacher keeps that model's tokenizer: leave out the tokenizer settings")
     if source is not None and not new_tokenizer and any(text.startswith("tokenizer.") for text in overrides):
         raise UlimiError("--init-from keeps that run's tokenizer: tokenizer settings need --new-tokenizer")
+    begun = open_run(out) if resume and (out / "recipe.toml").is_file() else None
     if recipe is not None:
         chosen = load_recipe(recipe, overrides)
-    elif resume and (out / "recipe.toml").is_file():
-        chosen = build_recipe(open_run(out).recipe, overrides, source=f"{out}/recipe.toml")
+        if begun is not None and begun.meta.get("teacher"):
+            # The tokenizer was the teacher's, whatever the recipe said.
+            own = build_recipe(begun.recipe, source=f"{out}/recipe.toml")
+            chosen = chosen.model_copy(update={"tokenizer": own.tokenizer})
+    elif begun is not None:
+        chosen = build_recipe(begun.recipe, overrides, source=f"{out}/recipe.toml")
     elif source is not None:
         name = f"{source.dir}/recipe.toml"
         chosen = build_recipe(source.recipe, overrides, source=name)
@@ -191,10 +196,6 @@ def train(
             chosen = build_recipe(source.recipe, ["optim.average_at_start=true", *overrides], source=name)
     else:
         chosen = load_recipe(None, overrides)
-    if resume and recipe is not None and (out / "recipe.toml").is_file() and open_run(out).meta.get("teacher"):
-        # The tokenizer was the teacher's, whatever the recipe said.
-        own = build_recipe(open_run(out).recipe, source=f"{out}/recipe.toml")
-        chosen = chosen.model_copy(update={"tokenizer": own.tokenizer})
     if threads:
         torch.set_num_threads(threads)
 
@@ -847,7 +848,7 @@ def serve(
 
     run = open_run(model)
     service = Service(run.dir.resolve().name, load_engine(run, device, kind=engine), run.tokenizer)
-    app = make_app(service, allow_origin or [], any_host=host not in LOOPBACK and host != "::1")
+    app = make_app(service, allow_origin or [], any_host=host not in LOOPBACK)
     with listen(host, port) as listener:
         typer.echo(f"{url_of(listener)} serves {model}; Ctrl-C ends it")
         with suppress(KeyboardInterrupt):

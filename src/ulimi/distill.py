@@ -16,7 +16,6 @@ in expectation the teacher's whole distribution. To leave the rest out teaches a
 Legend: B streams, S tokens of a stream, T time steps, N = B T predictions, V vocabulary, K tokens kept.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from torch import Tensor
 from ulimi.data import Ids
 from ulimi.distribution import log_probs
 from ulimi.engine import Engine, EngineState, load_engine
-from ulimi.run import NGRAMS, ONNX, WEIGHTS, Run
+from ulimi.run import Run
 
 KEPT = 16
 """tokens of which a teacher's probability is kept; 6 bytes each"""
@@ -146,14 +145,9 @@ def load_teacher(run: Run, device: torch.device) -> Teacher:
 def describe_teacher(run: Run) -> dict[str, Any]:
     """Give what meta.json says of a teacher: where it is, and the hashes of its weights, graphs and counts.
 
+    All of them, whichever the engine takes: without the others it may be another one.
+
     Raises:
-        UlimiError: a model is not there, or not yet.
+        UlimiError: the model is not there, or not yet.
     """
-    hashes = []
-    for part, _ in _parts(run):
-        # Whichever of them the engine takes: without the others it may be another one.
-        there = [path for path in part.model_files() if path.name in (WEIGHTS, ONNX, NGRAMS)]
-        for path in there or [part.weights_path]:
-            with path.open("rb") as file:
-                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return {"path": str(run.dir.resolve()), "sha256": hashes}
+    return {"path": str(run.dir.resolve()), "sha256": run.model_sha256}

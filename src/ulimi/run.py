@@ -138,8 +138,13 @@ class Run:
     @cached_property
     def weights_sha256(self) -> str:
         """Hash of the best weights' file: what was derived from other weights is stale."""
-        with self.weights_path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _sha256(self.weights_path)
+
+    @cached_property
+    def model_sha256(self) -> list[str]:
+        """Hashes of its weights, graphs and counts, those of a mixture's members; an error where none is there."""
+        paths = [path for path in self.model_files() if path.name in (WEIGHTS, ONNX, NGRAMS)] or [self.weights_path]
+        return [_sha256(path) for path in paths]
 
     def members(self) -> list["Run"]:
         """Open what a mixture is made of; of other models there is none."""
@@ -184,6 +189,11 @@ class Run:
             return [json.loads(line) for line in lines]
         except ValueError as error:
             raise UlimiError(f"{path}: cannot be read: {error}") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def are_shares(weights: Sequence[Any]) -> bool:

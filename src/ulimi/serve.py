@@ -61,8 +61,8 @@ PAGE_POLICY = (
 )
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
-LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
-"""names that only this machine is called by, from itself, as a browser writes them"""
+LOOPBACK = ["127.0.0.1", "localhost", "::1"]
+"""names that only this machine is called by, from itself"""
 
 ORIGIN = re.compile(r"https?://[!-.0-~]+|\*")
 """what browsers send as Origin, or all of them"""
@@ -237,7 +237,7 @@ def make_app(service: Service, origins: Sequence[str] = (), *, any_host: bool = 
             Middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
         )
     if not any_host:
-        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=[_in_url(name) for name in LOOPBACK]))
     return Starlette(
         routes=routes, middleware=middleware,
         exception_handlers={UlimiError: mistake, HTTPException: refuse, MemoryError: too_large, Exception: fault},
@@ -311,7 +311,11 @@ def listen(host: str, port: int) -> socket.socket:
 def url_of(listener: socket.socket) -> str:
     """Give the address to open in a browser."""
     host, port, *_ = listener.getsockname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{_in_url(host)}:{port}"
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def make_server(app: Starlette) -> uvicorn.Server:

@@ -664,8 +664,8 @@ def find_teacher(given: Run | None, old: Run | None, init_from: Run | None, reci
         teacher = open_run(Path(known["path"]))
     if teacher is None:
         return None
-    described = describe_teacher(teacher)
-    if known is not None and described["sha256"] != known.get("sha256"):
+    hashes = teacher.model_sha256  # also of a new run's: is the model there?
+    if known is not None and hashes != known.get("sha256"):
         raise UlimiError(f"--teacher {teacher.dir}: is not the model that this run has learnt from so far")
     start = old or init_from or teacher
     if start.tokenizer.to_str() != teacher.tokenizer.to_str():
