@@ -38,21 +38,37 @@ ROWS_WORTH_A_THREAD = 8
 
 
 def product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Give a b (+ bias), by the faster library; both may be transposed views."""
-    if _has_onednn() and _is_plain(a_MK) and _is_plain(b_KN):
-        a_MK = a_MK if a_MK.is_contiguous() else transpose(a_MK.t())
+    """Give a b (+ bias), by the faster library; both may be transposed views.
+
+    Where b is bfloat16, of which a processor that knows it multiplies twice as many at once, a and bias are rounded to
+    it, too; sums are float32, are rounded once, and come back as float32.
+    """
+    plain = _has_onednn() and _is_plain(a_MK) and (_is_plain(b_KN) or b_KN.dtype == torch.bfloat16)
+    if plain and not a_MK.is_contiguous():
+        a_MK = transpose(a_MK.t())
+    if b_KN.dtype == torch.bfloat16:
+        a_MK, bias_N = a_MK.bfloat16(), None if bias_N is None else bias_N.bfloat16()
+    if plain:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), bias_N, "none", [], "")
-        return out
-    return torch.mm(a_MK, b_KN) if bias_N is None else torch.addmm(bias_N, a_MK, b_KN)
+    else:
+        out = torch.mm(a_MK, b_KN) if bias_N is None else torch.addmm(bias_N, a_MK, b_KN)
+    return out.float() if b_KN.dtype == torch.bfloat16 else out
 
 
-def right_factor(b_KN: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """Give the map a -> a b, for many products of `rows` rows with one matrix, which oneDNN packs."""
+def rounded(x: Tensor, half: bool) -> Tensor:
+    """Give a factor as `product` wants it on its right: bfloat16 if `half`."""
+    return x.bfloat16() if half else x
+
+
+def right_factor(b_KN: Tensor, rows: int, half: bool = False) -> Callable[[Tensor], Tensor]:
+    """Give the map a -> a b, for many products of `rows` rows with one matrix, which oneDNN packs; see `product`."""
     if not (_has_onednn() and _is_plain(b_KN)):
-        return functools.partial(torch.mm, mat2=b_KN)
+        return functools.partial(product, b_KN=rounded(b_KN, half))
     b_NK = transpose(b_KN) if b_KN.is_contiguous() else b_KN.t()
-    packed = torch.ops.mkldnn._reorder_linear_weight(b_NK, rows)
+    packed = torch.ops.mkldnn._reorder_linear_weight(rounded(b_NK, half), rows)
     multiply = torch.ops.mkldnn._linear_pointwise.default
+    if half:
+        return lambda a_MK: multiply(a_MK.bfloat16(), packed, None, "none", [], "").float()
     return lambda a_MK: multiply(a_MK, packed, None, "none", [], "")
 
 
@@ -79,6 +95,12 @@ def _has_onednn() -> bool:
         except (AttributeError, RuntimeError, TypeError):
             return False
         return all(torch.allclose(x, torch.mm(a, b) + 1, atol=1e-6) for x in both)
+
+
+def has_bfloat16() -> bool:
+    """Tell whether this processor multiplies bfloat16 itself (AVX-512 BF16, AMX); others take longer than float32."""
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in known)  # PyTorch's own, and may go
 
 
 # Kernels
@@ -276,6 +298,7 @@ def lstm(
     bias_ih_G: Tensor,
     bias_hh_G: Tensor,
     mask_GH: Tensor | None = None,
+    half: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Do what a batch-first `nn.LSTM` of one layer does, in float32 on a CPU; gradients reach all that it reads.
 
@@ -287,6 +310,7 @@ def lstm(
         bias_ih_G: (4H,).
         bias_hh_G: (4H,).
         mask_GH: DropConnect on `weight_hh_GH`: zeros, and one other number. It gets no gradient.
+        half: round what is multiplied to bfloat16, see `product`.
 
     Returns:
         (B, T, H), the memory of which has time first; and the last state.
@@ -296,7 +320,7 @@ def lstm(
     else:
         h_BH, c_BH = state[0][0], state[1][0]
     out_TBH, h_BH, c_BH = _LSTM.apply(  # type: ignore[no-untyped-call]
-        x_BTI.transpose(0, 1), h_BH, c_BH, weight_ih_GI, weight_hh_GH, bias_ih_G + bias_hh_G, mask_GH
+        x_BTI.transpose(0, 1), h_BH, c_BH, weight_ih_GI, weight_hh_GH, bias_ih_G + bias_hh_G, mask_GH, half
     )
     return out_TBH.transpose(0, 1), (h_BH[None], c_BH[None])
 
@@ -308,9 +332,10 @@ def _recur(
     weight_ih_GI: Tensor,
     times_weight_hh: Callable[[Tensor], Tensor],
     bias_G: Tensor,
+    half: bool,
 ) -> Tensor:
     """Fill the outputs and cells of all steps behind those before the first; give the gates (T, B, G)."""
-    gates_TBG = product(x_TBI.flatten(0, 1), weight_ih_GI.t(), bias_G).view(*x_TBI.shape[:2], -1)
+    gates_TBG = product(x_TBI.flatten(0, 1), rounded(weight_ih_GI, half).t(), bias_G).view(*x_TBI.shape[:2], -1)
     forward = kernels().forward
     hidden, cell = hidden_SBH.unbind(), cell_SBH.unbind()
     for t, gates_BG in enumerate(gates_TBG.unbind()):
@@ -328,14 +353,15 @@ class _LSTM(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weight_ih_GI: Tensor, weight_hh_GH: Tensor, bias_G: Tensor,
-        mask_GH: Tensor | None,
+        mask_GH: Tensor | None, half: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         x_TBI = x_TBI.contiguous()
         hidden_SBH, cell_SBH = (x_TBI.new_empty(len(x_TBI) + 1, *s.shape) for s in (h_BH, c_BH))  # S = T + 1
         hidden_SBH[0], cell_SBH[0] = h_BH, c_BH
         kept_GH, ctx.scale = (None, None) if mask_GH is None else (mask_GH != 0, mask_GH.amax())
-        times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale).t(), len(h_BH))
-        ctx.gates_TBG = _recur(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, times_weight_hh, bias_G)
+        times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale).t(), len(h_BH), half)
+        ctx.gates_TBG = _recur(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, times_weight_hh, bias_G, half)
+        ctx.half = half
         ctx.save_for_backward(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G, kept_GH)
         ctx.set_materialize_grads(False)
         # The last state is a copy: it stays for the next window, and would keep all of this one.
@@ -347,16 +373,16 @@ class _LSTM(torch.autograd.Function):
         ctx: Any, grad_TBH: Tensor | None, grad_h_BH: Tensor | None, grad_c_BH: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G, kept_GH = ctx.saved_tensors
-        gates_TBG, ctx.gates_TBG = ctx.gates_TBG, None
+        gates_TBG, ctx.gates_TBG, half = ctx.gates_TBG, None, ctx.half
         if gates_TBG is None:  # a second pass backward; the first has written over them
-            times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale).t(), x_TBI.size(1))
-            gates_TBG = _recur(x_TBI, hidden_SBH.clone(), cell_SBH.clone(), weight_ih_GI, times_weight_hh, bias_G)
+            times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale).t(), x_TBI.size(1), half)
+            gates_TBG = _recur(x_TBI, hidden_SBH.clone(), cell_SBH.clone(), weight_ih_GI, times_weight_hh, bias_G, half)
         zeros_BH = torch.zeros_like(cell_SBH[0])
         grads = [zeros_BH] * len(x_TBI) if grad_TBH is None else grad_TBH.contiguous().unbind()
         grad_h_BH = zeros_BH if grad_h_BH is None else grad_h_BH.contiguous()
         # What is changed in place must be nobody else's.
         grad_c_BH = (zeros_BH if grad_c_BH is None else grad_c_BH).clone(memory_format=torch.contiguous_format)
-        times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale), x_TBI.size(1))
+        times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale), x_TBI.size(1), half)
         backward = kernels().backward
         gates, cell = gates_TBG.unbind(), cell_SBH.unbind()
         for t in reversed(range(len(x_TBI))):
@@ -365,25 +391,27 @@ class _LSTM(torch.autograd.Function):
         del times_weight_hh
 
         grad_NG = gates_TBG.flatten(0, 1)
-        needs_x, _, _, needs_ih, needs_hh, needs_bias, _ = ctx.needs_input_grad
+        needs_x, _, _, needs_ih, needs_hh, needs_bias, *_ = ctx.needs_input_grad
         grad_ih_GI = torch.empty_like(weight_ih_GI) if needs_ih else None
         grad_hh_GH = torch.empty_like(weight_hh_GH) if needs_hh else None
+        x_NI, before_NH = (rounded(x.flatten(0, 1), half) for x in (x_TBI, hidden_SBH[:-1]))
         # A gate at a time: its gradient has to be transposed, and all of them are large.
         for gate in range(4):
             rows = slice(gate * weight_hh_GH.size(1), (gate + 1) * weight_hh_GH.size(1))
             grad_HN = transpose(grad_NG[:, rows])
             if grad_ih_GI is not None:
-                grad_ih_GI[rows] = product(grad_HN, x_TBI.flatten(0, 1))
+                grad_ih_GI[rows] = product(grad_HN, x_NI)
             if grad_hh_GH is not None:
-                grad_hh_GH[rows] = product(grad_HN, hidden_SBH[:-1].flatten(0, 1))
+                grad_hh_GH[rows] = product(grad_HN, before_NH)
                 if kept_GH is not None and ctx.scale is not None:
                     grad_hh_GH[rows] *= kept_GH[rows] * ctx.scale
         return (
-            product(grad_NG, weight_ih_GI).view_as(x_TBI) if needs_x else None,
+            product(grad_NG, rounded(weight_ih_GI, half)).view_as(x_TBI) if needs_x else None,
             grad_h_BH,
             grad_c_BH,
             grad_ih_GI,
             grad_hh_GH,
             grad_NG.sum(dim=0) if needs_bias else None,
+            None,
             None,
         )

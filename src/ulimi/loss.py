@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ulimi.cpu import product
+from ulimi.cpu import product, rounded
 from ulimi.data import IGNORED
 from ulimi.distribution import EPSILON, ITERATIONS
 
@@ -49,11 +49,11 @@ def training_loss(
         rest_N1 = (1 - parts_NK.sum(dim=1, keepdim=True)).clamp_(min=0)  # parts are rounded, perhaps upwards
         taught = torch.cat([ids_NK, targets_N[:, None]], dim=1), torch.cat([parts_NK, rest_N1], dim=1)
     half = torch.is_autocast_enabled(hidden_NE.device.type)
-    # On a GPU memory is no concern and each further kernel is; in half precision the softmax is another type's.
-    if kind == "cross_entropy" and not (half or hidden_NE.is_cuda):
-        loss = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_NE, weight_VE, bias_V, *(taught or (targets_N[:, None], torch.ones_like(targets_N[:, None])))
-        )
+    # On a GPU memory is no concern and each further kernel is.
+    if kind == "cross_entropy" and not hidden_NE.is_cuda:
+        wanted = taught or (targets_N[:, None], torch.ones_like(targets_N[:, None]))
+        with torch.autocast("cpu", enabled=False):
+            loss = _LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, *wanted, half)  # type: ignore[no-untyped-call]
         return loss
     logits_NV = F.linear(hidden_NE, weight_VE, bias_V)
     if kind == "cross_entropy":
@@ -128,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, ids_NK: Tensor, parts_NK: Tensor
+        ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor, ids_NK: Tensor, parts_NK: Tensor, half: bool
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         num_rows = max(1, LOGITS_AT_ONCE // weight_VE.size(0))
@@ -137,10 +137,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V) if needs_bias else None
         nats_N = hidden_NE.new_empty(len(ids_NK))
         parts_NK = parts_NK.to(hidden_NE.dtype)
+        weight_VE, rounded_NE = rounded(weight_VE, half), rounded(hidden_NE, half)
         for start in range(0, len(ids_NK), num_rows):
             rows = slice(start, start + num_rows)
-            hidden_ME, ids_MK, parts_MK = hidden_NE[rows], ids_NK[rows], parts_NK[rows]
-            logits_MV = product(hidden_ME, weight_VE.t(), bias_V)
+            ids_MK, parts_MK = ids_NK[rows], parts_NK[rows]
+            logits_MV = product(hidden_NE[rows], weight_VE.t(), bias_V)
             top_M1 = logits_MV.amax(dim=1, keepdim=True)
             of_target_M1 = (logits_MV.gather(1, ids_MK) * parts_MK).sum(dim=1, keepdim=True)
             probs_MV = torch.softmax(logits_MV, dim=1, out=logits_MV)
@@ -149,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden_NE is not None:
                 grad_hidden_NE[rows] = product(grad_MV, weight_VE)
             if grad_weight_VE is not None:
-                grad_weight_VE += product(grad_MV.t(), hidden_ME)
+                grad_weight_VE += product(grad_MV.t(), rounded_NE[rows])
             if grad_bias_V is not None:
                 grad_bias_V += grad_MV.sum(dim=0)
         ctx.save_for_backward(grad_hidden_NE, grad_weight_VE, grad_bias_V)
@@ -160,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_output / ctx.num_rows
-        return *[None if grad is None else grad * scale for grad in ctx.saved_tensors], None, None
+        return *[None if grad is None else grad * scale for grad in ctx.saved_tensors], None, None, None
 
 
 class _EntmaxLoss(torch.autograd.Function):

@@ -143,9 +143,10 @@ class WeightDropLSTM(nn.Module):
             mask_hh = dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
         if cuda.has_cudnn(x_BTI.device):
             return cuda.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)
-        is_float32 = weight_hh.dtype == x_BTI.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if x_BTI.device.type == "cpu" and is_float32:
-            return cpu.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)
+        if x_BTI.device.type == "cpu" and weight_hh.dtype == x_BTI.dtype == torch.float32:
+            half = torch.is_autocast_enabled("cpu")  # ulimi has no half type on a CPU but bfloat16
+            with torch.autocast("cpu", enabled=False):
+                return cpu.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh, half)
         dropped_hh = weight_hh if mask_hh is None else weight_hh * mask_hh
         out = functional_call(self.lstm, {"weight_hh_l0": dropped_hh}, (x_BTI, state))
         return out
