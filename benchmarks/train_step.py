@@ -1,11 +1,14 @@
 """A training step on a CPU, side by side: ulimi, ulimi without its C file, fastai's AWD-LSTM, and plain `nn.LSTM`s.
 
+"bf16" are the same with products in bfloat16 (autocast).
+
     python benchmarks/train_step.py --threads 1 --out step.json
 
 Whole steps (forward, loss, AR and TAR, backward, clip, SGD) on windows of 70 random ids, state carried, in one process
 that goes round the contenders, medians. The limit is the best product of the layers' size, (1000, H) x (H, 4H), that
-any of PyTorch's libraries makes on this machine; a step's share of it counts 6 operations a parameter and token. Peak
-memory is that of a process that does three steps, above what it held with the model made.
+any of PyTorch's libraries makes on this machine, of bfloat16 for those in bf16; a step's share of it counts 6
+operations a parameter and token. Peak memory is that of a process that does three steps, above what it held with the
+model made.
 
 Plain: the same sizes by `nn.LSTM` and `F.cross_entropy`, without any dropout, AR or TAR.
 """
@@ -55,7 +58,7 @@ SHAPES = {
     "ptb-20": Shape(10_000, 400, 1150, 20),
     "ptb-80": Shape(10_000, 400, 1150, 80),
 }
-CONTENDERS = ("ulimi", "ulimi, no C", "fastai", "plain")
+HALF = ", bf16"
 
 Step = Callable[[Tensor, Tensor], None]
 
@@ -67,7 +70,12 @@ def finish(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> 
     optimizer.step()
 
 
-def ulimi_step(shape: Shape, with_c: bool) -> Step:
+def precision(half: bool) -> torch.autocast:
+    """Make a context: products in bfloat16, or as they are."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
+
+
+def ulimi_step(shape: Shape, with_c: bool = True, half: bool = False) -> Step:
     """Make ulimi's step, as in `ulimi.train`."""
     model = AWDLSTM(
         vocab_size=shape.vocab, embedding_size=shape.embedding, hidden_size=shape.hidden, num_layers=LAYERS,
@@ -82,11 +90,12 @@ def ulimi_step(shape: Shape, with_c: bool) -> Step:
         os.environ["ULIMI_NATIVE"] = str(int(with_c))
         cpu.kernels.cache_clear()
         optimizer.zero_grad(set_to_none=True)
-        out = model.features(inputs_BT, state, rng)
-        nats = training_loss(
-            out.dropped.flatten(0, 1), model.lm_head.weight, model.lm_head.bias, targets_BT.flatten(),
-            "cross_entropy", 1.5,
-        )  # fmt: skip
+        with precision(half):
+            out = model.features(inputs_BT, state, rng)
+            nats = training_loss(
+                out.dropped.flatten(0, 1), model.lm_head.weight, model.lm_head.bias, targets_BT.flatten(),
+                "cross_entropy", 1.5,
+            )  # fmt: skip
         ar, tar = regularisation(out.raw, out.dropped, ALPHA, BETA)
         finish(model, optimizer, nats + ar + tar)
         state = detach_state(out.state)
@@ -94,7 +103,7 @@ def ulimi_step(shape: Shape, with_c: bool) -> Step:
     return step
 
 
-def fastai_step(shape: Shape) -> Step:
+def fastai_step(shape: Shape, half: bool = False) -> Step:
     """Make the step of fastai's network, loss and regulariser."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -109,8 +118,9 @@ def fastai_step(shape: Shape) -> Step:
 
     def step(inputs_BT: Tensor, targets_BT: Tensor) -> None:
         optimizer.zero_grad()
-        logits, raw, dropped = model(inputs_BT)
-        loss = criterion(logits, targets_BT)
+        with precision(half):
+            logits, raw, dropped = model(inputs_BT)
+            loss = criterion(logits, targets_BT)
         # As fastai.callback.rnn.RNNRegularizer.
         loss = loss + ALPHA * dropped.float().pow(2).mean() + BETA * (raw[:, 1:] - raw[:, :-1]).float().pow(2).mean()
         finish(model, optimizer, loss)
@@ -146,13 +156,14 @@ def plain_step(shape: Shape) -> Step:
     return step
 
 
-MAKE = dict(
-    zip(
-        CONTENDERS,
-        (partial(ulimi_step, with_c=True), partial(ulimi_step, with_c=False), fastai_step, plain_step),
-        strict=True,
-    )
-)
+MAKE: dict[str, Callable[[Shape], Step]] = {
+    "ulimi": ulimi_step,
+    "ulimi" + HALF: partial(ulimi_step, half=True),
+    "ulimi, no C": partial(ulimi_step, with_c=False),
+    "fastai": fastai_step,
+    "fastai" + HALF: partial(fastai_step, half=True),
+    "plain": plain_step,
+}
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -168,11 +179,13 @@ def draw(shape: Shape, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def best_product(shape: Shape) -> Callable[[], float]:
+def best_product(shape: Shape, half: bool) -> Callable[[], float]:
     """Make a measurement: GFLOP/s of the layers' product, by whichever library is faster."""
     rows, h = min(shape.batch * T, 1000), shape.hidden  # above 32 MB, getting the memory takes a third of the time
     a, b = torch.randn(rows, h), torch.randn(4 * h, h).t()
-    packed = cpu.right_factor(b, rows)
+    packed = cpu.right_factor(b, rows, half)
+    if half:
+        a, b = a.bfloat16(), b.bfloat16()
     ways = (lambda: torch.mm(a, b), lambda: packed(a))
     return lambda: max(2e-9 * rows * h * 4 * h / seconds_of(way) for way in ways)
 
@@ -187,22 +200,21 @@ def measure(shape: Shape, contenders: list[str], rounds: int) -> dict[str, dict[
     """Time steps, going round the contenders."""
     rng = torch.Generator().manual_seed(0)
     steps = {name: MAKE[name](shape) for name in contenders}
-    limit = best_product(shape)
+    limits = {half: best_product(shape, half) for half in {name.endswith(HALF) for name in contenders}}
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    limits = []
+    best = dict.fromkeys(limits, 0.0)
     for number in range(rounds + 1):
         for name, step in steps.items():
             window = draw(shape, rng)
             seconds = seconds_of(lambda: step(*window))  # noqa: B023 - called at once
             if number:  # the first warms up
                 times[name].append(seconds)
-        limits.append(limit())
-    best = max(limits)
+        best = {half: max(best[half], limit()) for half, limit in limits.items()}
     result = {}
     for name in contenders:
         rate = shape.batch * T / statistics.median(times[name])
-        gflops = 6e-9 * parameters(shape) * rate
-        result[name] = {"tokens_per_s": rate, "gflops": gflops, "share_of_limit": gflops / best, "limit_gflops": best}
+        gflops, limit = 6e-9 * parameters(shape) * rate, best[name.endswith(HALF)]
+        result[name] = {"tokens_per_s": rate, "gflops": gflops, "share_of_limit": gflops / limit, "limit_gflops": limit}
     return result
 
 
@@ -228,7 +240,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=MAKE, default=list(MAKE))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -238,16 +250,19 @@ def main() -> None:
         print(peak_memory(SHAPES[args.shapes[0]], args.memory_of))
         return
     results: dict[str, dict[str, dict[str, float]]] = {}
-    print(f"{'shape':8} {'':12} {'tokens/s':>9} {'of limit':>8} {'peak MB':>8}   ({args.threads} threads)")
+    print(
+        f"{'shape':8} {'':12} {'tokens/s':>9} {'of limit':>8} {'peak MB':>8} {'GFLOP/s':>11}   ({args.threads} threads)"
+    )
     for name in args.shapes:
         results[name] = measure(SHAPES[name], args.contenders, args.rounds)
         for contender, row in results[name].items():
             command = [sys.executable, __file__, "--threads", str(args.threads), "--shapes", name]
             done = subprocess.run([*command, "--memory-of", contender], capture_output=True, text=True, check=True)
             row["peak_mb"] = float(done.stdout)
-            rate, share = row["tokens_per_s"], row["share_of_limit"]
-            print(f"{name:8} {contender:12} {rate:9,.0f} {share:8.0%} {row['peak_mb']:8,.0f}", flush=True)
-        print(f"{'':8} limit: {row['limit_gflops']:.0f} GFLOP/s")
+            rate, share, limit = row["tokens_per_s"], row["share_of_limit"], row["limit_gflops"]
+            print(
+                f"{name:8} {contender:12} {rate:9,.0f} {share:8.0%} {row['peak_mb']:8,.0f} {limit:11,.0f}", flush=True
+            )
     if args.out:
         machine = describe_device(torch.device("cpu"))
         rows = [

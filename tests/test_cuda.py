@@ -25,6 +25,8 @@ def test_what_a_device_cannot_compute_in_is_refused(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose_precision("auto", cpu) == "fp32"
+    monkeypatch.setattr("ulimi.train.has_bfloat16", lambda: True)
+    assert choose_precision("auto", cpu) == "bf16"
     assert choose_precision("auto", cuda) == choose_precision("bf16", cuda) == choose_precision("bf16", cpu) == "bf16"
     with pytest.raises(UlimiError, match=r"--precision tf32: allowed on cpu: auto, fp32, bf16$"):
         choose_precision("tf32", cpu)

@@ -145,7 +145,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")] = False,
     device: DeviceOption = "auto",
     precision: Annotated[
-        str, typer.Option(help="Of products: fp32, bf16, on a GPU also tf32, fp16; auto: bf16 on a GPU that has it.")
+        str, typer.Option(help="Of products: fp32, bf16, on a GPU also tf32, fp16; auto: bf16 where the device has it.")
     ] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 0,
     checkpoint_minutes: Annotated[float, typer.Option(min=0.0, help="Time between checkpoints in an epoch.")] = 5.0,

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ulimi.corpus import Corpus, read_lines
+from ulimi.cpu import has_bfloat16
 from ulimi.cuda import PRECISIONS, GraphedStep, Step, has_cudnn, product_precision
 from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
 from ulimi.distill import Lessons, Teacher, describe_teacher, load_teacher
@@ -146,7 +147,8 @@ def train(
             where the run's own teacher now is, if it was moved.
         resume: go on from the folder's checkpoint.
         device: "cpu", "cuda", or "auto".
-        precision: of products, see `ulimi.cuda.PRECISIONS`; "auto": a resumed run's own, fp32 on a CPU, bf16 on a GPU.
+        precision: of products, see `ulimi.cuda.PRECISIONS`; "auto": a resumed run's own; else bf16 where the device knows it,
+            fp32 elsewhere.
         checkpoint_minutes: time between two checkpoints inside an epoch.
         tensorboard: also write TensorBoard events, to run_dir/tensorboard.
         reporter: who is told.
@@ -288,7 +290,7 @@ class Trainer:
         num = sum(p.numel() for p in self.model.parameters())
         reporter.note(
             f"{num / 1e6:.1f}M parameters, {self.tokenizer.vocab_size} {self.tokenizer.kind} tokens; "
-            f"train {len(self.train_text.ids):,} tokens, valid {len(self.valid_text.ids):,}; on {self.device}"
+            f"train {len(self.train_text.ids):,} tokens, valid {len(self.valid_text.ids):,}; on {self.device}, {self.precision}"
         )
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -752,11 +754,13 @@ def choose_precision(name: str, device: torch.device) -> str:
         UlimiError: it cannot, or there is no such precision.
     """
     allowed: tuple[str, ...] = ("fp32", "bf16")
+    has_bf16 = device.type == "cpu" and has_bfloat16()
     if device.type == "cuda":
         # Before Ampere a GPU has neither TF32 nor bf16, which the loss of fp16 needs, too.
-        allowed = PRECISIONS if torch.cuda.get_device_capability(device) >= (8, 0) else ("fp32",)
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        allowed = PRECISIONS if has_bf16 else ("fp32",)
     if name == "auto":
-        return "bf16" if device.type == "cuda" and "bf16" in allowed else "fp32"
+        return "bf16" if has_bf16 else "fp32"
     if name not in allowed:
         raise UlimiError(f"--precision {name}: allowed on {device.type}: auto, {', '.join(allowed)}")
     return name
