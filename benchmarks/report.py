@@ -94,8 +94,12 @@ def train_step(result: Result) -> str:
         for what, show in shown.items()
         for name in contenders
     ]
-    limits = ", ".join(f"{shape} {cells[contenders[0], shape]['limit_gflops']:.0f}" for shape in shapes)
-    return f"{markdown(['', *shapes], rows)}\n\nThe limit, GFLOP/s: {limits}."
+    limits = {name.endswith("bf16"): name for name in reversed(contenders)}
+    shown_limits = "; ".join(
+        "of bf16 " * half + ", ".join(f"{shape} {cells[limits[half], shape]['limit_gflops']:.0f}" for shape in shapes)
+        for half in sorted(limits)
+    )
+    return f"{markdown(['', *shapes], rows)}\n\nThe limit, GFLOP/s: {shown_limits}."
 
 
 def gpu_step(result: Result) -> str:

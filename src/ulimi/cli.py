@@ -307,6 +307,9 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Training text for --dynamic's statistics; a mixture's networks share it."),
     ] = None,
+    marginal: Annotated[
+        bool, typer.Option("--marginal", help="Count a word's probability however it is cut into tokens; slower.")
+    ] = False,
     keystrokes: Annotated[
         bool, typer.Option("--keystrokes", help="The share of keystrokes that suggestions spare, instead.")
     ] = False,
@@ -337,6 +340,8 @@ def evaluate(
         raise UlimiError("--keystrokes types each line by itself; leave out --cache, --dynamic and --stateless")
     if distribution and (cache or dynamic or stateless or keystrokes):
         raise UlimiError("--distribution reads one stream; leave out --cache, --dynamic, --stateless and --keystrokes")
+    if marginal and (cache or dynamic or keystrokes or distribution):
+        raise UlimiError("--marginal: leave out --cache, --dynamic, --keystrokes and --distribution")
     if epsilon is not None and not distribution:
         raise UlimiError("--epsilon goes with --distribution")
     if not keystrokes and (suggestions or max_lines):
@@ -367,7 +372,7 @@ def evaluate(
             Dynamic(**dynamic_settings) if dynamic else None,
         )  # fmt: skip
     else:
-        scorer = _static_scorer(run, load_engine(run, device, kind=engine, exact=True), stateless)
+        scorer = _static_scorer(run, load_engine(run, device, kind=engine, exact=True), stateless, marginal)
     _note_smoothed(run)
     rows: list[tuple[str, Score]] = []
     for path in files:
@@ -463,9 +468,15 @@ def _settings_of(switch: str, on: bool, **given: float | None) -> dict[str, Any]
     return known
 
 
-def _static_scorer(run: "Run", engine: "Engine", stateless: bool) -> "Scorer":
+def _static_scorer(run: "Run", engine: "Engine", stateless: bool, marginal: bool) -> "Scorer":
     from ulimi.corpus import read_lines
+    from ulimi.marginal import Marginal
     from ulimi.score import score_lines, score_stream
+
+    if marginal:
+        words = Marginal(engine, run.tokenizer)
+        read = words.score_lines if stateless else words.score_stream
+        return lambda path, text, on_tokens: read(text.ids, on_tokens)
 
     def one_stream(path: Path, text: "EncodedText", on_tokens: Callable[[int], None]) -> float:
         return score_stream(engine, text.ids, run.tokenizer.eos_id, on_tokens)

@@ -147,8 +147,8 @@ def train(
             where the run's own teacher now is, if it was moved.
         resume: go on from the folder's checkpoint.
         device: "cpu", "cuda", or "auto".
-        precision: of products, see `ulimi.cuda.PRECISIONS`; "auto": a resumed run's own; else bf16 where the device knows it,
-            fp32 elsewhere.
+        precision: of products, see `ulimi.cuda.PRECISIONS`; "auto": a resumed run's own; else bf16 where the
+            device knows it, fp32 elsewhere.
         checkpoint_minutes: time between two checkpoints inside an epoch.
         tensorboard: also write TensorBoard events, to run_dir/tensorboard.
         reporter: who is told.
@@ -290,7 +290,8 @@ class Trainer:
         num = sum(p.numel() for p in self.model.parameters())
         reporter.note(
             f"{num / 1e6:.1f}M parameters, {self.tokenizer.vocab_size} {self.tokenizer.kind} tokens; "
-            f"train {len(self.train_text.ids):,} tokens, valid {len(self.valid_text.ids):,}; on {self.device}, {self.precision}"
+            f"train {len(self.train_text.ids):,} tokens, valid {len(self.valid_text.ids):,}; "
+            f"on {self.device}, {self.precision}"
         )
 
     # -- the run ------------------------------------------------------------------------------------------------------
