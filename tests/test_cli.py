@@ -321,6 +321,8 @@ def test_the_same_search_or_seed_gives_the_same_text(works, tiny_run, args):
     (["good.txt", "latin1.txt"], "latin1.txt, line 1: not UTF-8"),
     (["good.txt", "--stateless", "--cache"], "--stateless reads each line by itself"),
     (["good.txt", "--stateless", "--dynamic"], "--stateless reads each line by itself"),
+    (["good.txt", "--marginal", "--dynamic"], "--marginal: leave out --cache, --dynamic, --keystrokes"),
+    (["good.txt", "--marginal", "--distribution"], "--marginal: leave out --cache, --dynamic, --keystrokes"),
     (["good.txt", "--cache", "--cache-lambda", "1"], "--cache-lambda 1.0"),
     (["good.txt", "--cache", "--cache-window", "0"], "--cache-window 0"),
     (["good.txt", "--dynamic", "--dynamic-lr", "-1"], "--dynamic-lr -1.0"),
@@ -414,6 +416,31 @@ def test_evaluate_several_files(works, tiny_run, corpus_dir):
     assert [line.split()[0] for line in table[1:]] == [*map(str, files), "all"]
     assert [line.split()[-2] for line in table[1:]] == [f"{row['bits_per_char']:.4f}" for row in rows]
     assert len(works("evaluate", files[0], "-m", tiny_run.dir).out.splitlines()) == 2  # one file needs no sum
+
+
+@pytest.mark.parametrize("how", [[], ["--stateless"]], ids=["stream", "lines"])
+def test_marginal_evaluation_costs_a_little_less(works, tiny_run, corpus_dir, how):
+    rows = {}
+    for marginal in ([], ["--marginal"]):
+        args = ["evaluate", corpus_dir / "valid.txt", "-m", tiny_run.dir, "--json", *how, *marginal]
+        (rows[bool(marginal)],) = works(*args).json
+    assert rows[True].keys() == rows[False].keys()
+    assert 0.9 * rows[False]["nats"] < rows[True]["nats"] < rows[False]["nats"]
+    assert rows[True]["num_tokens"] == rows[False]["num_tokens"]
+
+
+def test_marginal_scores_of_lines_and_pairs(works, refused, tiny_run, corpus_dir, tmp_path):
+    path = corpus_dir / "valid.txt"
+    usual, marginal = (works("score", path, "-m", tiny_run.dir, "--json", *more).json for more in ([], ["--marginal"]))
+    assert [row["text"] for row in marginal] == [row["text"] for row in usual]
+    assert all(row["nats"] <= other["nats"] + 1e-3 for row, other in zip(marginal, usual, strict=True))
+    (whole,) = works("evaluate", path, "-m", tiny_run.dir, "--json", "--stateless", "--marginal").json
+    assert sum(row["nats"] for row in marginal) == pytest.approx(whole["nats"], rel=1e-6)
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text(f"mine\t{marginal[0]['text']}\t{marginal[1]['text']}\n", encoding="utf-8")
+    (row, _) = works("judge", "-m", tiny_run.dir, "--pairs", pairs, "--marginal", "--json").json
+    assert row["accuracy"] == float(marginal[0]["nats"] < marginal[1]["nats"])
+    assert "--marginal: of models in runs alone" in refused("judge", "--hf", tmp_path, "--marginal")
 
 
 def test_stateless_evaluation_is_the_sum_of_the_lines(works, tiny_run, corpus_dir):

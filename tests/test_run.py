@@ -29,7 +29,7 @@ LAYERS = [
     {"run", "clean"},
     {"data", "distribution", "ngram"},
     {"engine", "provenance"},
-    {"sampling", "words", "score", "info", "progress"},
+    {"sampling", "words", "score", "marginal", "info", "progress"},
     {"generate", "spelling", "baseline", "mixture", "judge"},
     {"beam", "suggest"},
     {"writer", "keystrokes"},

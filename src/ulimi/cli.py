@@ -51,6 +51,9 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 EngineOption = Annotated[str, typer.Option(help="auto, onnx (int8) or torch; an n-gram model has none.")]
+MarginalOption = Annotated[
+    bool, typer.Option("--marginal", help="Add up all ways to cut a word into tokens; slower by a few times.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 DEFAULT_MODEL = Path("isizulu")
@@ -307,9 +310,7 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Training text for --dynamic's statistics; a mixture's networks share it."),
     ] = None,
-    marginal: Annotated[
-        bool, typer.Option("--marginal", help="Count a word's probability however it is cut into tokens; slower.")
-    ] = False,
+    marginal: MarginalOption = False,
     keystrokes: Annotated[
         bool, typer.Option("--keystrokes", help="The share of keystrokes that suggestions spare, instead.")
     ] = False,
@@ -473,17 +474,17 @@ def _static_scorer(run: "Run", engine: "Engine", stateless: bool, marginal: bool
     from ulimi.marginal import Marginal
     from ulimi.score import score_lines, score_stream
 
-    if marginal:
-        words = Marginal(engine, run.tokenizer)
-        read = words.score_lines if stateless else words.score_stream
-        return lambda path, text, on_tokens: read(text.ids, on_tokens)
+    words = Marginal(engine, run.tokenizer) if marginal else None
 
     def one_stream(path: Path, text: "EncodedText", on_tokens: Callable[[int], None]) -> float:
+        if words is not None:
+            return words.score_stream(text.ids, on_tokens)
         return score_stream(engine, text.ids, run.tokenizer.eos_id, on_tokens)
 
     def lines_alone(path: Path, text: "EncodedText", on_tokens: Callable[[int], None]) -> float:
         nats, done = 0.0, 0
-        for _, score in score_lines(engine, run.tokenizer, read_lines(path)):
+        rows = None if words is None else words.score_rows
+        for _, score in score_lines(engine, run.tokenizer, read_lines(path), score_rows=rows):
             nats += score.nats
             done += score.num_tokens
             on_tokens(done)
@@ -509,6 +510,7 @@ def _adaptive_scorer(run: "Run", device: str, stats_from: Path | None, cache: An
 def score(
     model: ModelOption = DEFAULT_MODEL,
     file: Annotated[str, typer.Argument(help="A text file; - is standard input.")] = "-",
+    marginal: MarginalOption = False,
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -516,11 +518,13 @@ def score(
     """Score each line by itself: a row a line, for filtering corpora and ranking candidates."""
     from ulimi.corpus import read_lines
     from ulimi.engine import load_engine
+    from ulimi.marginal import Marginal
     from ulimi.run import open_run
     from ulimi.score import score_lines
 
     run = open_run(model)
     scorer = load_engine(run, device, kind=engine, exact=True)
+    score_rows = Marginal(scorer, run.tokenizer).score_rows if marginal else None
     _note_smoothed(run)
     num_unknown = 0
     # Who types lines wants each answer at once; a file is faster in batches.
@@ -528,7 +532,8 @@ def score(
     if not as_json:
         typer.echo("nats\ttokens\tchars\tbits_per_char\ttext")
     tokenizer = run.tokenizer
-    for line, line_score in score_lines(scorer, tokenizer, read_lines(file), lines_at_once=at_once):
+    lines = score_lines(scorer, tokenizer, read_lines(file), lines_at_once=at_once, score_rows=score_rows)
+    for line, line_score in lines:
         if tokenizer.unk_id is not None:
             num_unknown += tokenizer.encode(line).count(tokenizer.unk_id)
         if as_json:
@@ -560,6 +565,7 @@ def judge(
         Path | None, typer.Option(metavar="FILE", help="Write the pairs; without a model judge none.")
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Also print the pairs that are judged wrongly.")] = False,
+    marginal: MarginalOption = False,
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -573,6 +579,8 @@ def judge(
 
     if model is not None and hf is not None:
         raise UlimiError(f"judge takes one model: --model {model} and --hf {hf} are two")
+    if hf is not None and marginal:
+        raise UlimiError("--marginal: of models in runs alone; leave it out with --hf")
     if model is None and hf is None and write is None:
         model = DEFAULT_MODEL
     chosen = [*dict.fromkeys(phenomenon or [])]
@@ -592,7 +600,7 @@ def judge(
         scorer = hf_scorer(hf)
     elif model is not None:
         run = open_run(model)
-        scorer = run_scorer(load_engine(run, device, kind=engine, exact=True), run.tokenizer)
+        scorer = run_scorer(load_engine(run, device, kind=engine, exact=True), run.tokenizer, marginal)
         if run.tokenizer.unk_id is not None:
             words = {word for pair in asked for word in f"{pair.good} {pair.bad}".split()}
             num_unknown = sum(run.tokenizer.unk_id in run.tokenizer.encode(word) for word in words)

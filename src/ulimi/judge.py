@@ -23,6 +23,7 @@ from ulimi.engine import Engine
 from ulimi.errors import UlimiError
 from ulimi.files import write_text
 from ulimi.grammar import Pair
+from ulimi.marginal import Marginal
 from ulimi.score import score_lines
 from ulimi.tokenizer import Tokenizer
 
@@ -150,11 +151,12 @@ def judge(score: Scorer, pairs: Sequence[Pair]) -> Judgement:
     return Judgement([Verdict(pair, nats[pair.good], nats[pair.bad]) for pair in pairs])
 
 
-def run_scorer(engine: Engine, tokenizer: Tokenizer) -> Scorer:
-    """Score with a run: each sentence as a line by itself, its <eos> included."""
+def run_scorer(engine: Engine, tokenizer: Tokenizer, marginal: bool = False) -> Scorer:
+    """Score with a run: each sentence as a line by itself, its <eos> included; see `ulimi.marginal`."""
+    rows = Marginal(engine, tokenizer).score_rows if marginal else None
 
     def score(sentences: Sequence[str]) -> list[float]:
-        return [line_score.nats for _, line_score in score_lines(engine, tokenizer, sentences)]
+        return [line_score.nats for _, line_score in score_lines(engine, tokenizer, sentences, score_rows=rows)]
 
     return score
 

@@ -30,14 +30,10 @@ from ulimi.data import Ids
 from ulimi.distribution import log_probs
 from ulimi.engine import Engine, EngineState
 from ulimi.errors import UlimiError
-from ulimi.score import ROWS_AT_ONCE
 from ulimi.tokenizer import Tokenizer
 
-LEAST_SHARE = 0.01
+LEAST_SHARE = 0.001
 """of the usual way's probability; what is below it is not followed"""
-
-LINES_AT_ONCE = 256
-"""lines that are sorted by length, so that little is padded"""
 
 WAYS_AT_ONCE = 128
 """ways, of whatever words, that are followed together"""
@@ -115,23 +111,17 @@ class Marginal:
             ids: (N,), as the tokenizer gives them.
             on_tokens: told how many tokens are done.
         """
-        return self._score_rows([ids], on_tokens)
+        return self.score_rows([ids], on_tokens)[0]
 
-    def score_lines(self, ids: Ids, on_tokens: Callable[[int], None] = lambda done: None) -> float:
-        """Total nats of a text each line of which is read by itself; the arguments are those of `score_stream`."""
-        lines = np.split(ids, np.flatnonzero(np.asarray(ids) == self._eos_id)[:-1] + 1)
-        nats, done = 0.0, 0
-        for first in range(0, len(lines), LINES_AT_ONCE):
-            batch = sorted(lines[first : first + LINES_AT_ONCE], key=len)
-            for start in range(0, len(batch), ROWS_AT_ONCE):
-                rows = batch[start : start + ROWS_AT_ONCE]
-                nats += self._score_rows(rows)
-                done += sum(map(len, rows))
-                on_tokens(done)
-        return nats
+    def score_rows(
+        self, rows: Sequence[Ids | list[int]], on_steps: Callable[[int], None] = lambda done: None
+    ) -> list[float]:
+        """Nats of some texts that are read beside each other, each from a zero state.
 
-    def _score_rows(self, rows: Sequence[Ids], on_tokens: Callable[[int], None] = lambda done: None) -> float:
-        """Read rows beside each other, each from a zero state; give the nats of all."""
+        Args:
+            rows: of each text the ids, as the tokenizer gives them.
+            on_steps: told how many tokens of each are done.
+        """
         self._nats = [0.0] * len(rows)
         read: list[list[_Place]] = [[] for _ in rows]
         """of each row the word that is being read"""
@@ -153,9 +143,9 @@ class Marginal:
                     read[row] = []  # a word of its own; whatever comes next begins another
             if len(self._waiting) >= WAYS_AT_ONCE:
                 self._follow()
-            on_tokens(step + 1)
+            on_steps(step + 1)
         self._follow()
-        return math.fsum(self._nats)
+        return self._nats
 
     def _end_word(self, row: int, places: Sequence[_Place], after_V: NDArray[np.float32]) -> None:
         """Find where other ways leave the usual one of a word; `after_V` is what is probable after it."""

@@ -10,6 +10,7 @@ Light floor: the network is whatever `Engine` is given.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -197,7 +198,12 @@ def _windows(ids: Ids, eos_id: int) -> Iterator[tuple[NDArray[np.int64], NDArray
 
 
 def score_lines(
-    engine: Engine, tokenizer: Tokenizer, lines: Iterable[str], *, lines_at_once: int = 256
+    engine: Engine,
+    tokenizer: Tokenizer,
+    lines: Iterable[str],
+    *,
+    lines_at_once: int = 256,
+    score_rows: Callable[[list[list[int]]], list[float]] | None = None,
 ) -> Iterator[tuple[str, Score]]:
     """Score each line by itself, from a zero state and an <eos>: a stream of (line, score), in order.
 
@@ -208,7 +214,9 @@ def score_lines(
         tokenizer: its tokenizer.
         lines: without their line ends.
         lines_at_once: lines held together, and sorted by length so that little is padded.
+        score_rows: gives the nats of some lines' ids in another way, as `ulimi.marginal.Marginal.score_rows` does.
     """
+    score_rows = score_rows or partial(_score_rows, engine, tokenizer.eos_id)
     rows_at_once = ROWS_AT_ONCE if engine.batch_invariant else 1
     lines = iter(lines)
     while batch := list(islice(lines, lines_at_once)):
@@ -217,13 +225,13 @@ def score_lines(
         by_length = sorted(range(len(batch)), key=lambda i: len(ids[i]))
         for start in range(0, len(batch), rows_at_once):
             rows = by_length[start : start + rows_at_once]
-            for row, row_nats in zip(rows, _score_rows(engine, [ids[i] for i in rows], tokenizer.eos_id), strict=True):
+            for row, row_nats in zip(rows, score_rows([ids[i] for i in rows]), strict=True):
                 nats[row] = row_nats
         for line, line_ids, line_nats in zip(batch, ids, nats, strict=True):
             yield line, Score.of(line_nats, len(line_ids), count_stats([line]))
 
 
-def _score_rows(engine: Engine, rows: list[list[int]], eos_id: int) -> list[float]:
+def _score_rows(engine: Engine, eos_id: int, rows: list[list[int]]) -> list[float]:
     longest = max(map(len, rows))
     # Pads stand after a row's own tokens and are not counted, so they change nothing; any id will do.
     targets_BN = np.full((len(rows), longest), eos_id, dtype=np.int64)
