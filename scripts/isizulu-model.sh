@@ -35,6 +35,12 @@ for file in "${needed[@]}"; do
   [ -f "$corpora/$file" ] || { echo "isizulu-model: $corpora/$file is missing" >&2; exit 2; }
 done
 
+# The teacher comes first: what was begun without one is another model, of an older ulimi.
+if [ -d "$out/pretrain" ] && [ ! -d "$out/teacher" ]; then
+  echo "isizulu-model: $out/pretrain was trained without a teacher; give another folder than $out" >&2
+  exit 2
+fi
+
 stage() { echo "== $*" >&2; }
 
 # Make a folder whole or not at all: NAME.part becomes NAME when it is complete.

@@ -258,6 +258,15 @@ def test_the_script_names_what_is_missing(corpora, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_script_leaves_what_was_begun_without_a_teacher(corpora, tmp_path):
+    out = tmp_path / "out"
+    (out / "pretrain").mkdir(parents=True)
+    done = run_script(corpora, out)
+    expected = f"isizulu-model: {out}/pretrain was trained without a teacher; give another folder than {out}\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+    assert [path.name for path in out.iterdir()] == ["pretrain"]
+
+
 def test_the_two_recipes_describe_one_network():
     sizes = [load_recipe(f"isizulu-{part}").model_dump() for part in ("pretrain", "finetune")]
     for recipe in sizes:
