@@ -424,7 +424,7 @@ def test_marginal_evaluation_costs_a_little_less(works, tiny_run, corpus_dir, ho
     for marginal in ([], ["--marginal"]):
         args = ["evaluate", corpus_dir / "valid.txt", "-m", tiny_run.dir, "--json", *how, *marginal]
         (rows[bool(marginal)],) = works(*args).json
-    assert rows[True].keys() == rows[False].keys()
+    assert rows[True].keys() == rows[False].keys() | {"marginal"}
     assert 0.9 * rows[False]["nats"] < rows[True]["nats"] < rows[False]["nats"]
     assert rows[True]["num_tokens"] == rows[False]["num_tokens"]
 
@@ -440,7 +440,9 @@ def test_marginal_scores_of_lines_and_pairs(works, refused, tiny_run, corpus_dir
     pairs.write_text(f"mine\t{marginal[0]['text']}\t{marginal[1]['text']}\n", encoding="utf-8")
     (row, _) = works("judge", "-m", tiny_run.dir, "--pairs", pairs, "--marginal", "--json").json
     assert row["accuracy"] == float(marginal[0]["nats"] < marginal[1]["nats"])
-    assert "--marginal: of models in runs alone" in refused("judge", "--hf", tmp_path, "--marginal")
+    assert "--marginal: needs a model of ulimi's" in refused("judge", "--hf", tmp_path, "--marginal")
+    assert "--marginal: needs a model of ulimi's" in refused("judge", "--write", tmp_path / "new", "--marginal")
+    assert not (tmp_path / "new").exists()
 
 
 def test_stateless_evaluation_is_the_sum_of_the_lines(works, tiny_run, corpus_dir):

@@ -36,7 +36,7 @@ def way(request, monkeypatch):
 def library(request, monkeypatch):
     """Both ways of making products."""
     if request.param == "mm":
-        monkeypatch.setattr(cpu, "_has_onednn", lambda: False)
+        monkeypatch.setattr(cpu, "_has_onednn", lambda half=False: False)
     elif not cpu._has_onednn():
         pytest.skip("no oneDNN here")
 
@@ -311,7 +311,71 @@ def test_whoever_asks_first_in_half_precision_gets_the_same_answer():
         cpu._has_onednn.cache_clear()
 
 
+def test_where_onednn_has_no_bfloat16_pytorchs_product_does(monkeypatch):
+    def too_old(x, *args):
+        if x.dtype == torch.bfloat16:
+            raise RuntimeError("bf16 path needs the cpu support avx512bw")
+        return multiply(x, *args)
+
+    too_old.default = too_old
+    multiply, reorder = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
+
+    class Old:
+        _linear_pointwise = too_old
+        _reorder_linear_weight = staticmethod(
+            lambda b, rows: too_old(b) if b.dtype == torch.bfloat16 else reorder(b, rows)
+        )
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Old)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    cpu._has_onednn.cache_clear()
+    try:
+        assert not cpu.has_bfloat16()
+        a, b, bias = draw(3, 40, seed=0), draw(40, 5, seed=1), draw(5, seed=2)
+        exact = a @ b
+        for left, right in ((a, b), (a.t().contiguous().t(), b.t().contiguous().t())):
+            half = cpu.product(left, right.bfloat16(), bias)
+            assert half.dtype == torch.float32
+            assert 0 < (half - exact - bias).abs().max() < 0.3
+            assert (cpu.right_factor(right, 3, half=True)(left) - exact).abs().max() < 0.3
+    finally:
+        cpu._has_onednn.cache_clear()
+
+
 # The loss
+
+
+@pytest.mark.parametrize("is_taught", [False, True])
+def test_the_loss_in_bfloat16_and_its_gradients(library, is_taught, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 200)  # several pieces
+    given = [draw(23, 16, seed=1), draw(50, 16, seed=2, scale=0.3), draw(50, seed=3)]
+    targets = torch.randint(50, (23,), generator=rng(4))
+    taught = (
+        (torch.randint(50, (23, 3), generator=rng(5)), torch.rand(23, 3, generator=rng(6)) / 4) if is_taught else None
+    )
+    results = []
+    for enabled in (False, True):
+        inputs = [x.clone().requires_grad_() for x in given]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            nats = training_loss(*inputs, targets, "cross_entropy", 1.5, taught)
+        results.append([nats.detach(), *torch.autograd.grad(nats * 3, inputs)])
+    for exact, half in zip(*results, strict=True):
+        assert half.dtype == torch.float32
+        assert 0 < (half - exact).norm() < 0.02 * exact.norm()
+
+
+def test_other_types_of_autocast_are_pytorchs_affair():
+    hidden, weight, bias = draw(5, 8, seed=1), draw(9, 8, seed=2), draw(9, seed=3)
+    targets = torch.arange(5)
+    with torch.autocast("cpu", torch.float16):
+        assert not cpu.in_bfloat16()
+        nats = training_loss(hidden, weight, bias, targets, "cross_entropy", 1.5)
+        expected = F.cross_entropy(F.linear(hidden, weight, bias), targets)
+    assert torch.equal(nats, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu.in_bfloat16()
+        nats = training_loss(hidden.bfloat16(), weight, bias, targets, "cross_entropy", 1.5)
+    assert nats.item() == pytest.approx(expected.item(), rel=0.02)
 
 
 def decoder(num_rows, embedding, vocab, dtype=torch.float32):

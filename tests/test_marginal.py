@@ -107,7 +107,7 @@ def by_hand(engine, tokenizer, lines, carry):
         for word in words:
             text = b"".join(tokenizer.token_bytes(id) for id in word)
             ways = [word]
-            if chr(text[-1]).isalpha():
+            if text.decode()[-1].isalpha():
                 ways = [way for way in every_way(tokenizer, text) if not any(begins[id] for id in way[1:])]
                 assert word in ways
             logps = []
@@ -124,7 +124,13 @@ def by_hand(engine, tokenizer, lines, carry):
 @pytest.mark.parametrize("carry", [True, False], ids=["stream", "lines"])
 def test_it_is_the_sum_over_all_ways(tokenizer, carry, monkeypatch):
     monkeypatch.setattr(ulimi.marginal, "LEAST_SHARE", 1e-300)
-    lines = ["Umfundi uthanda incwadi.", "", "bafunda isikole, kodwa (inja) 2021", "Ngiya eU-KZN namhlanje!"]
+    lines = [
+        "Umfundi uthanda incwadi.",
+        "",
+        "bafunda isikole, kodwa (inja) 2021",
+        "Ngiya eU-KZN namhlanje!",
+        "i-Café «ñandú» iti",
+    ]
     engine = Remembering(tokenizer.vocab_size)
     marginal = Marginal(engine, tokenizer)
     if carry:
@@ -166,6 +172,27 @@ def test_all_words_together_have_no_more_than_probability_1(monkeypatch):
     starts_with_letter = probs[~begins].sum()
     assert usual < 0.95 * total
     assert 0.98 * starts_with_letter < total <= starts_with_letter
+
+
+def test_of_a_word_that_is_too_long_the_usual_way_is_counted(tokenizer, monkeypatch):
+    engine = Remembering(tokenizer.vocab_size)
+    long = "abantu" * 17  # 102 bytes
+    for word, is_long in ((long[:100], False), (long, True), (f"{long} {long}", True)):
+        ids = encode(tokenizer, [word])
+        exact = score_stream(engine, ids, tokenizer.eos_id)
+        nats = Marginal(engine, tokenizer).score_stream(ids)
+        assert nats == pytest.approx(exact, rel=1e-6) if is_long else nats < exact - 0.01
+    # And what comes after it is read as ever.
+    ids = encode(tokenizer, [f"{long} bafunda isikole kakhulu namhlanje ngoba umlimi uyathenga"])
+    assert Marginal(engine, tokenizer).score_stream(ids) < score_stream(engine, ids, tokenizer.eos_id) - 0.01
+    engine.largest_batch = 0
+    Marginal(engine, tokenizer).score_stream(encode(tokenizer, ["abantwana" * 11]))
+    assert engine.largest_batch == ulimi.marginal.MOST_WAYS
+    monkeypatch.setattr(ulimi.marginal, "MOST_WAYS", 2)
+    ids = encode(tokenizer, synthetic_lines(3))
+    few = Marginal(engine, tokenizer).score_stream(ids)
+    monkeypatch.setattr(ulimi.marginal, "MOST_WAYS", 10**6)
+    assert Marginal(engine, tokenizer).score_stream(ids) < few < score_stream(engine, ids, tokenizer.eos_id)
 
 
 def test_it_is_never_more_than_the_usual_way_and_less_the_more_ways_are_followed(tokenizer, monkeypatch):

@@ -43,16 +43,17 @@ def product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
     Where b is bfloat16, of which a processor that knows it multiplies twice as many at once, a and bias are rounded to
     it, too; sums are float32, are rounded once, and come back as float32.
     """
-    plain = _has_onednn() and _is_plain(a_MK) and (_is_plain(b_KN) or b_KN.dtype == torch.bfloat16)
+    half = b_KN.dtype == torch.bfloat16
+    plain = _has_onednn(half) and _is_plain(a_MK) and (half or _is_plain(b_KN))
     if plain and not a_MK.is_contiguous():
         a_MK = transpose(a_MK.t())
-    if b_KN.dtype == torch.bfloat16:
+    if half:
         a_MK, bias_N = a_MK.bfloat16(), None if bias_N is None else bias_N.bfloat16()
     if plain:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), bias_N, "none", [], "")
     else:
         out = torch.mm(a_MK, b_KN) if bias_N is None else torch.addmm(bias_N, a_MK, b_KN)
-    return out.float() if b_KN.dtype == torch.bfloat16 else out
+    return out.float() if half else out
 
 
 def rounded(x: Tensor, half: bool) -> Tensor:
@@ -62,7 +63,7 @@ def rounded(x: Tensor, half: bool) -> Tensor:
 
 def right_factor(b_KN: Tensor, rows: int, half: bool = False) -> Callable[[Tensor], Tensor]:
     """Give the map a -> a b, for many products of `rows` rows with one matrix, which oneDNN packs; see `product`."""
-    if not (_has_onednn() and _is_plain(b_KN)):
+    if not (_has_onednn(half) and _is_plain(b_KN)):
         return functools.partial(product, b_KN=rounded(b_KN, half))
     b_NK = transpose(b_KN) if b_KN.is_contiguous() else b_KN.t()
     packed = torch.ops.mkldnn._reorder_linear_weight(rounded(b_NK, half), rows)
@@ -84,23 +85,33 @@ def _is_plain(x: Tensor) -> bool:
 
 
 @functools.cache
-def _has_onednn() -> bool:
+def _has_onednn(half: bool = False) -> bool:
     """Tell whether oneDNN's products are there and right: these operators are PyTorch's own, and may change."""
-    a, b = torch.linspace(-1, 1, 6).view(2, 3), torch.linspace(-1, 2, 15).view(5, 3).t()
+    a, b = torch.linspace(-1, 1, 6).view(2, 3), torch.linspace(-1, 2, 15).view(5, 3)
+    a, b = rounded(a, half), rounded(b, half)  # those of bfloat16 only where the processor can
     with torch.autocast("cpu", enabled=False):  # whoever asks first may do so in half precision
         try:
             multiply = torch.ops.mkldnn._linear_pointwise.default
-            packed = torch.ops.mkldnn._reorder_linear_weight(b.t(), 2)
-            both = multiply(a, b.t(), a.new_ones(5), "none", [], ""), multiply(a, packed, None, "none", [], "") + 1
+            packed = torch.ops.mkldnn._reorder_linear_weight(b, 2)
+            both = multiply(a, b, a.new_ones(5), "none", [], ""), multiply(a, packed, None, "none", [], "") + 1
         except (AttributeError, RuntimeError, TypeError):
             return False
-        return all(torch.allclose(x, torch.mm(a, b) + 1, atol=1e-6) for x in both)
+        exact = torch.mm(a.float(), b.float().t()) + 1
+        return all(torch.allclose(x.float(), exact, atol=0.03 if half else 1e-6) for x in both)
 
 
 def has_bfloat16() -> bool:
-    """Tell whether this processor multiplies bfloat16 itself (AVX-512 BF16, AMX); others take longer than float32."""
+    """Tell whether this processor multiplies bfloat16 itself (AVX-512 BF16, AMX), and PyTorch has it do so.
+
+    Where not, products of bfloat16 are right, but slower than those of float32.
+    """
     known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in known)  # PyTorch's own, and may go
+    return any(getattr(torch.cpu, name, bool)() for name in known) and _has_onednn(half=True)
+
+
+def in_bfloat16() -> bool:
+    """Tell whether products of a CPU are to be those of bfloat16 here, by autocast."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 # Kernels

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ulimi.cpu import product, rounded
+from ulimi.cpu import in_bfloat16, product, rounded
 from ulimi.data import IGNORED
 from ulimi.distribution import EPSILON, ITERATIONS
 
@@ -49,8 +49,9 @@ def training_loss(
         rest_N1 = (1 - parts_NK.sum(dim=1, keepdim=True)).clamp_(min=0)  # parts are rounded, perhaps upwards
         taught = torch.cat([ids_NK, targets_N[:, None]], dim=1), torch.cat([parts_NK, rest_N1], dim=1)
     half = torch.is_autocast_enabled(hidden_NE.device.type)
+    is_known = not half or (in_bfloat16() and hidden_NE.dtype == torch.float32)
     # On a GPU memory is no concern and each further kernel is.
-    if kind == "cross_entropy" and not hidden_NE.is_cuda:
+    if kind == "cross_entropy" and not hidden_NE.is_cuda and is_known:
         wanted = taught or (targets_N[:, None], torch.ones_like(targets_N[:, None]))
         with torch.autocast("cpu", enabled=False):
             loss = _LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, *wanted, half)  # type: ignore[no-untyped-call]

@@ -10,10 +10,11 @@ whole text they are too many; summed within each word, after words that are cut 
 That is a distribution over words. A token that begins one (with a space, a digit, ASCII punctuation, or after a line's
 end) tells where the one before ends, so that no sequence of tokens belongs to two words, and the sum over all of them
 is 1 or less. With the usual way alone the denominators fall out, and the product over a text is its usual score; hence
-the marginal one is never more. Only of words that end with a letter are other ways looked at: there a piece of the text
-ends for certain, which no later character makes the tokenizer cut otherwise.
+the marginal one is never more, but for rounding. Only of words that end with a letter are other ways looked at: there a
+piece of the text ends for certain, which no later character makes the tokenizer cut otherwise.
 
-Ways that the model holds for less than `LEAST_SHARE` of the usual one are left out, which makes a text cost more only.
+A way is left out where it falls behind the usual one by more than `LEAST_SHARE`, or is not among the `MOST_WAYS` best,
+at any of its tokens, and all ways of a word of more than `LONGEST_WORD` bytes. That can only make a text cost more.
 
 Light floor: the network is whatever `Engine` is given.
 """
@@ -35,20 +36,24 @@ from ulimi.tokenizer import Tokenizer
 LEAST_SHARE = 0.001
 """of the usual way's probability; what is below it is not followed"""
 
+MOST_WAYS = 64
+"""of one word, that are followed beside each other"""
+
+LONGEST_WORD = 100
+"""bytes; what is longer is in a script without spaces, or no text"""
+
 WAYS_AT_ONCE = 128
-"""ways, of whatever words, that are followed together"""
+"""ways, of whatever words, that wait to be followed together"""
 
 
 class _Place(NamedTuple):
     """Where a token stands, and what the model says before it."""
 
     id: int
-    before: NDArray[np.float32]
+    before: NDArray[np.float64]
     """log-probabilities, (V,)"""
     state: EngineState
-    """of a batch"""
-    row: int
-    """in it"""
+    """of all rows"""
 
 
 class _Word(NamedTuple):
@@ -100,8 +105,9 @@ class Marginal:
         self._longest = max(map(len, self._bytes))
         self._begins_V = np.array([*map(_begins_word, self._bytes), True])
         self._words: list[_Word] = []
-        self._waiting: list[tuple[_Place, _Way]] = []
-        """ways that leave the usual one, each with the place where it does"""
+        """those of which ways wait"""
+        self._waiting: list[tuple[EngineState, _Way]] = []
+        """ways that have left the usual one, each with the state, of all rows, where it does"""
         self._nats: list[float] = []
 
     def score_stream(self, ids: Ids, on_tokens: Callable[[int], None] = lambda done: None) -> float:
@@ -122,9 +128,10 @@ class Marginal:
             rows: of each text the ids, as the tokenizer gives them.
             on_steps: told how many tokens of each are done.
         """
-        self._nats = [0.0] * len(rows)
+        self._nats, self._words, self._waiting = [0.0] * len(rows), [], []
         read: list[list[_Place]] = [[] for _ in rows]
-        """of each row the word that is being read"""
+        """of each row the word that is being read, unless it is too long"""
+        num_bytes = [0] * len(rows)
         state = self._engine.initial_state(len(rows))
         inputs_B = np.full(len(rows), self._eos_id)
         for step in range(max(map(len, rows))):
@@ -134,20 +141,25 @@ class Marginal:
                 if step >= len(ids):
                     continue
                 inputs_B[row] = id = int(ids[step])
+                self._nats[row] -= float(logp_BV[row, id])
                 if self._begins_V[id]:
                     self._end_word(row, read[row], logp_BV[row])
-                    read[row] = []
-                read[row].append(_Place(id, logp_BV[row], state, row))
-                self._nats[row] -= float(logp_BV[row, id])
+                    read[row], num_bytes[row] = [], 0
                 if id == self._eos_id:
-                    read[row] = []  # a word of its own; whatever comes next begins another
+                    continue  # a word of its own; whatever comes next begins another
+                num_bytes[row] += len(self._bytes[id])
+                if num_bytes[row] > LONGEST_WORD:
+                    read[row] = []
+                else:
+                    # A copy: a view would keep the numbers of all rows.
+                    read[row].append(_Place(id, logp_BV[row].copy(), state))
             if len(self._waiting) >= WAYS_AT_ONCE:
                 self._follow()
             on_steps(step + 1)
         self._follow()
         return self._nats
 
-    def _end_word(self, row: int, places: Sequence[_Place], after_V: NDArray[np.float32]) -> None:
+    def _end_word(self, row: int, places: Sequence[_Place], after_V: NDArray[np.float64]) -> None:
         """Find where other ways leave the usual one of a word; `after_V` is what is probable after it."""
         text = b"".join(self._bytes[place.id] for place in places)
         if not text.decode(errors="replace")[-1:].isalpha():
@@ -158,7 +170,7 @@ class Marginal:
         least = np.interp(np.arange(len(text) + 1), ends, logps) + math.log(LEAST_SHARE)
         word = _Word(row, text, least, float(logps[-1]) + self._log_begins(after_V))
         ways = [
-            (place, way)
+            (place.state, way)
             for place, at, logp in zip(places, ends, logps, strict=False)
             for way in self._steps(word, len(self._words), int(at), float(logp), place.before)
             if way.id != place.id
@@ -167,7 +179,7 @@ class Marginal:
             self._waiting += ways
             self._words.append(word)
 
-    def _steps(self, word: _Word, number: int, at: int, logp: float, logp_V: NDArray[np.float32]) -> Iterator[_Way]:
+    def _steps(self, word: _Word, number: int, at: int, logp: float, logp_V: NDArray[np.float64]) -> Iterator[_Way]:
         """Give what may come next in a word whose first `at` bytes are read, with log p `logp`."""
         for end in range(at + 1, min(len(word.text), at + self._longest) + 1):
             id = self._ids.get(word.text[at:end])
@@ -179,36 +191,51 @@ class Marginal:
 
     def _follow(self) -> None:
         """Follow all ways that wait to their words' ends, and count them."""
-        others = [0.0] * len(self._words)
-        """of each word: the other ways' probability, as a multiple of the usual one's"""
+        # Of each word: log of all ways' probability, as a multiple of the usual one's, which is 1 of it.
+        shares = [0.0] * len(self._words)
         ways = [way for _, way in self._waiting]
-        # Those of one step stand beside each other.
-        groups = [list(group) for _, group in groupby((place for place, _ in self._waiting), lambda p: id(p.state))]
-        states = [self._engine.select_state(group[0].state, [place.row for place in group]) for group in groups]
+        # Neighbours often have one state; it need not be taken apart for each.
+        groups = [list(group) for _, group in groupby(self._waiting, lambda waiting: id(waiting[0]))]
+        states = [
+            self._engine.select_state(group[0][0], [self._words[way.word].row for _, way in group]) for group in groups
+        ]
         self._waiting = []
         state = self._engine.join_states(states) if states else None
         while ways:
             logits_BV, state = self._engine.step(np.array([way.id for way in ways]), state)
             logp_BV = log_probs(logits_BV, 1.0)
-            rows: list[int] = []
-            further: list[_Way] = []
+            further: list[tuple[int, _Way]] = []
             for row, way in enumerate(ways):
                 word = self._words[way.word]
                 if way.end == len(word.text):
-                    others[way.word] += math.exp(way.logp + self._log_begins(logp_BV[row]) - word.usual)
-                    continue
-                steps = list(self._steps(word, way.word, way.end, way.logp, logp_BV[row]))
-                rows += [row] * len(steps)
-                further += steps
-            ways = further
-            state = self._engine.select_state(state, rows) if rows else None
-        for word, share in zip(self._words, others, strict=True):
-            self._nats[word.row] -= math.log1p(share)
+                    share = way.logp + self._log_begins(logp_BV[row]) - word.usual
+                    shares[way.word] = float(np.logaddexp(shares[way.word], share))
+                else:
+                    further += [(row, s) for s in self._steps(word, way.word, way.end, way.logp, logp_BV[row])]
+            further = self._best(further)
+            ways = [way for _, way in further]
+            state = self._engine.select_state(state, [row for row, _ in further]) if further else None
+        for word, share in zip(self._words, shares, strict=True):
+            self._nats[word.row] -= share
         self._words = []
 
-    def _log_begins(self, logp_V: NDArray[np.float32]) -> float:
+    def _best(self, ways: list[tuple[int, _Way]]) -> list[tuple[int, _Way]]:
+        """Leave `MOST_WAYS` of each word, those that are ahead of what a way must have at its end; order is kept."""
+        if len(ways) <= MOST_WAYS:
+            return ways
+        of_word: dict[int, list[int]] = {}
+        for number, (_, way) in enumerate(ways):
+            of_word.setdefault(way.word, []).append(number)
+        kept: list[int] = []
+        for number, members in of_word.items():
+            least = self._words[number].least
+            members.sort(key=lambda i: ways[i][1].logp - least[ways[i][1].end], reverse=True)
+            kept += members[:MOST_WAYS]
+        return [ways[i] for i in sorted(kept)]
+
+    def _log_begins(self, logp_V: NDArray[np.float64]) -> float:
         """Give log p(next begins a word)."""
-        return math.log(np.exp(logp_V[self._begins_V], dtype=np.float64).sum())
+        return math.log(max(np.exp(logp_V[self._begins_V]).sum(), 1e-300))
 
 
 def _begins_word(part: bytes) -> bool:
