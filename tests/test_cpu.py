@@ -235,11 +235,15 @@ def test_in_bfloat16_what_is_multiplied_is_rounded_and_nothing_else(way, library
 
 
 def test_a_processor_is_asked_whether_it_knows_bfloat16(monkeypatch):
+    monkeypatch.setattr(cpu, "_has_onednn", lambda half=False: half)
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     assert not cpu.has_bfloat16()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert cpu.has_bfloat16()
+    monkeypatch.setattr(cpu, "_has_onednn", lambda half=False: not half)
+    assert not cpu.has_bfloat16()
+    monkeypatch.setattr(cpu, "_has_onednn", lambda half=False: half)
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     assert not cpu.has_bfloat16()
 
