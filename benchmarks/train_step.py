@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulimi import cpu
+from ulimi.cuda import product_precision
 from ulimi.loss import training_loss
 from ulimi.model import AWDLSTM, detach_state
 from ulimi.train import describe_device, regularisation
@@ -59,6 +60,7 @@ SHAPES = {
     "ptb-80": Shape(10_000, 400, 1150, 80),
 }
 HALF = ", bf16"
+CPU = torch.device("cpu")
 
 Step = Callable[[Tensor, Tensor], None]
 
@@ -70,12 +72,7 @@ def finish(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> 
     optimizer.step()
 
 
-def precision(half: bool) -> torch.autocast:
-    """Make a context: products in bfloat16, or as they are."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
-
-
-def ulimi_step(shape: Shape, with_c: bool = True, half: bool = False) -> Step:
+def ulimi_step(shape: Shape, with_c: bool = True, precision: str = "fp32") -> Step:
     """Make ulimi's step, as in `ulimi.train`."""
     model = AWDLSTM(
         vocab_size=shape.vocab, embedding_size=shape.embedding, hidden_size=shape.hidden, num_layers=LAYERS,
@@ -90,7 +87,7 @@ def ulimi_step(shape: Shape, with_c: bool = True, half: bool = False) -> Step:
         os.environ["ULIMI_NATIVE"] = str(int(with_c))
         cpu.kernels.cache_clear()
         optimizer.zero_grad(set_to_none=True)
-        with precision(half):
+        with product_precision(CPU, precision):
             out = model.features(inputs_BT, state, rng)
             nats = training_loss(
                 out.dropped.flatten(0, 1), model.lm_head.weight, model.lm_head.bias, targets_BT.flatten(),
@@ -103,7 +100,7 @@ def ulimi_step(shape: Shape, with_c: bool = True, half: bool = False) -> Step:
     return step
 
 
-def fastai_step(shape: Shape, half: bool = False) -> Step:
+def fastai_step(shape: Shape, precision: str = "fp32") -> Step:
     """Make the step of fastai's network, loss and regulariser."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -118,7 +115,7 @@ def fastai_step(shape: Shape, half: bool = False) -> Step:
 
     def step(inputs_BT: Tensor, targets_BT: Tensor) -> None:
         optimizer.zero_grad()
-        with precision(half):
+        with product_precision(CPU, precision):
             logits, raw, dropped = model(inputs_BT)
             loss = criterion(logits, targets_BT)
         # As fastai.callback.rnn.RNNRegularizer.
@@ -158,10 +155,10 @@ def plain_step(shape: Shape) -> Step:
 
 MAKE: dict[str, Callable[[Shape], Step]] = {
     "ulimi": ulimi_step,
-    "ulimi" + HALF: partial(ulimi_step, half=True),
+    "ulimi" + HALF: partial(ulimi_step, precision="bf16"),
     "ulimi, no C": partial(ulimi_step, with_c=False),
     "fastai": fastai_step,
-    "fastai" + HALF: partial(fastai_step, half=True),
+    "fastai" + HALF: partial(fastai_step, precision="bf16"),
     "plain": plain_step,
 }
 
@@ -264,7 +261,7 @@ def main() -> None:
                 f"{name:8} {contender:12} {rate:9,.0f} {share:8.0%} {row['peak_mb']:8,.0f} {limit:11,.0f}", flush=True
             )
     if args.out:
-        machine = describe_device(torch.device("cpu"))
+        machine = describe_device(CPU)
         rows = [
             {"shape": name, "contender": contender, **row}
             for name, found in results.items()

@@ -527,6 +527,7 @@ def score(
     scorer = load_engine(run, device, kind=engine, exact=True)
     score_rows = Marginal(scorer, run.tokenizer).score_rows if marginal else None
     _note_smoothed(run)
+    told = {"marginal": True} if marginal else {}
     num_unknown = 0
     # Who types lines wants each answer at once; a file is faster in batches.
     at_once = 1 if file == "-" and sys.stdin.isatty() else 256
@@ -538,7 +539,6 @@ def score(
         if tokenizer.unk_id is not None:
             num_unknown += tokenizer.encode(line).count(tokenizer.unk_id)
         if as_json:
-            told = {"marginal": True} if marginal else {}
             typer.echo(json.dumps({"text": line, **line_score.as_dict(), **told}, ensure_ascii=False))
         else:
             s = line_score
