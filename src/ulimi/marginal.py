@@ -21,6 +21,7 @@ Light floor: the network is whatever `Engine` is given.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
@@ -80,6 +81,18 @@ class _Way(NamedTuple):
     """log p up to there"""
 
 
+@dataclass
+class _Reading:
+    """Some texts that are read beside each other."""
+
+    nats: list[float]
+    """of each, as far as it is read"""
+    words: list[_Word] = field(default_factory=list)
+    """those of which ways wait"""
+    waiting: list[tuple[EngineState, _Way]] = field(default_factory=list)
+    """ways that have left the usual one, each with the state, of all rows, where it does"""
+
+
 class Marginal:
     """Scores texts by the marginal likelihood of their words.
 
@@ -104,11 +117,6 @@ class Marginal:
         self._ids = {part: id for id, part in enumerate(self._bytes)}
         self._longest = max(map(len, self._bytes))
         self._begins_V = np.array([*map(_begins_word, self._bytes), True])
-        self._words: list[_Word] = []
-        """those of which ways wait"""
-        self._waiting: list[tuple[EngineState, _Way]] = []
-        """ways that have left the usual one, each with the state, of all rows, where it does"""
-        self._nats: list[float] = []
 
     def score_stream(self, ids: Ids, on_tokens: Callable[[int], None] = lambda done: None) -> float:
         """Total nats of a text read as one stream.
@@ -128,7 +136,7 @@ class Marginal:
             rows: of each text the ids, as the tokenizer gives them.
             on_steps: told how many tokens of each are done.
         """
-        self._nats, self._words, self._waiting = [0.0] * len(rows), [], []
+        reading = _Reading([0.0] * len(rows))
         read: list[list[_Place]] = [[] for _ in rows]
         """of each row the word that is being read, unless it is too long"""
         num_bytes = [0] * len(rows)
@@ -141,9 +149,9 @@ class Marginal:
                 if step >= len(ids):
                     continue
                 inputs_B[row] = id = int(ids[step])
-                self._nats[row] -= float(logp_BV[row, id])
+                reading.nats[row] -= float(logp_BV[row, id])
                 if self._begins_V[id]:
-                    self._end_word(row, read[row], logp_BV[row])
+                    self._end_word(reading, row, read[row], logp_BV[row])
                     read[row], num_bytes[row] = [], 0
                 if id == self._eos_id:
                     continue  # a word of its own; whatever comes next begins another
@@ -153,13 +161,13 @@ class Marginal:
                 else:
                     # A copy: a view would keep the numbers of all rows.
                     read[row].append(_Place(id, logp_BV[row].copy(), state))
-            if len(self._waiting) >= WAYS_AT_ONCE:
-                self._follow()
+            if len(reading.waiting) >= WAYS_AT_ONCE:
+                self._follow(reading)
             on_steps(step + 1)
-        self._follow()
-        return self._nats
+        self._follow(reading)
+        return reading.nats
 
-    def _end_word(self, row: int, places: Sequence[_Place], after_V: NDArray[np.float64]) -> None:
+    def _end_word(self, reading: _Reading, row: int, places: Sequence[_Place], after_V: NDArray[np.float64]) -> None:
         """Find where other ways leave the usual one of a word; `after_V` is what is probable after it."""
         text = b"".join(self._bytes[place.id] for place in places)
         if not text.decode(errors="replace")[-1:].isalpha():
@@ -172,12 +180,12 @@ class Marginal:
         ways = [
             (place.state, way)
             for place, at, logp in zip(places, ends, logps, strict=False)
-            for way in self._steps(word, len(self._words), int(at), float(logp), place.before)
+            for way in self._steps(word, len(reading.words), int(at), float(logp), place.before)
             if way.id != place.id
         ]
         if ways:
-            self._waiting += ways
-            self._words.append(word)
+            reading.waiting += ways
+            reading.words.append(word)
 
     def _steps(self, word: _Word, number: int, at: int, logp: float, logp_V: NDArray[np.float64]) -> Iterator[_Way]:
         """Give what may come next in a word whose first `at` bytes are read, with log p `logp`."""
@@ -189,53 +197,52 @@ class Marginal:
                 if new_logp > word.least[end]:
                     yield _Way(number, id, end, new_logp)
 
-    def _follow(self) -> None:
+    def _follow(self, reading: _Reading) -> None:
         """Follow all ways that wait to their words' ends, and count them."""
         # Of each word: log of all ways' probability, as a multiple of the usual one's, which is 1 of it.
-        shares = [0.0] * len(self._words)
-        ways = [way for _, way in self._waiting]
+        words = reading.words
+        shares = [0.0] * len(words)
+        ways = [way for _, way in reading.waiting]
         # Neighbours often have one state; it need not be taken apart for each.
-        groups = [list(group) for _, group in groupby(self._waiting, lambda waiting: id(waiting[0]))]
-        states = [
-            self._engine.select_state(group[0][0], [self._words[way.word].row for _, way in group]) for group in groups
-        ]
-        self._waiting = []
+        groups = [list(group) for _, group in groupby(reading.waiting, lambda waiting: id(waiting[0]))]
+        states = [self._engine.select_state(group[0][0], [words[way.word].row for _, way in group]) for group in groups]
         state = self._engine.join_states(states) if states else None
         while ways:
             logits_BV, state = self._engine.step(np.array([way.id for way in ways]), state)
             logp_BV = log_probs(logits_BV, 1.0)
             further: list[tuple[int, _Way]] = []
             for row, way in enumerate(ways):
-                word = self._words[way.word]
+                word = words[way.word]
                 if way.end == len(word.text):
                     share = way.logp + self._log_begins(logp_BV[row]) - word.usual
                     shares[way.word] = float(np.logaddexp(shares[way.word], share))
                 else:
                     further += [(row, s) for s in self._steps(word, way.word, way.end, way.logp, logp_BV[row])]
-            further = self._best(further)
+            further = _best(further, words)
             ways = [way for _, way in further]
             state = self._engine.select_state(state, [row for row, _ in further]) if further else None
-        for word, share in zip(self._words, shares, strict=True):
-            self._nats[word.row] -= share
-        self._words = []
-
-    def _best(self, ways: list[tuple[int, _Way]]) -> list[tuple[int, _Way]]:
-        """Leave `MOST_WAYS` of each word, those that are ahead of what a way must have at its end; order is kept."""
-        if len(ways) <= MOST_WAYS:
-            return ways
-        of_word: dict[int, list[int]] = {}
-        for number, (_, way) in enumerate(ways):
-            of_word.setdefault(way.word, []).append(number)
-        kept: list[int] = []
-        for number, members in of_word.items():
-            least = self._words[number].least
-            members.sort(key=lambda i: ways[i][1].logp - least[ways[i][1].end], reverse=True)
-            kept += members[:MOST_WAYS]
-        return [ways[i] for i in sorted(kept)]
+        for word, share in zip(words, shares, strict=True):
+            reading.nats[word.row] -= share
+        reading.words, reading.waiting = [], []
 
     def _log_begins(self, logp_V: NDArray[np.float64]) -> float:
         """Give log p(next begins a word)."""
         return math.log(max(np.exp(logp_V[self._begins_V]).sum(), 1e-300))
+
+
+def _best(ways: list[tuple[int, _Way]], words: Sequence[_Word]) -> list[tuple[int, _Way]]:
+    """Leave `MOST_WAYS` of each word, those that are ahead of what a way must have at its end; order is kept."""
+    if len(ways) <= MOST_WAYS:
+        return ways
+    of_word: dict[int, list[int]] = {}
+    for number, (_, way) in enumerate(ways):
+        of_word.setdefault(way.word, []).append(number)
+    kept: list[int] = []
+    for number, members in of_word.items():
+        least = words[number].least
+        members.sort(key=lambda i: ways[i][1].logp - least[ways[i][1].end], reverse=True)
+        kept += members[:MOST_WAYS]
+    return [ways[i] for i in sorted(kept)]
 
 
 def _begins_word(part: bytes) -> bool:
