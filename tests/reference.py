@@ -10,6 +10,7 @@ numpy does the arithmetic; torch appears in `value_and_gradient` alone, for auto
     [AdamW]    Loshchilov & Hutter 2017, Decoupled Weight Decay Regularization (arXiv 1711.05101)
     [KN]       Chen & Goodman 1999, An empirical study of smoothing techniques for language modeling
     [KenLM]    Heafield, Pouzyrevsky, Clark & Koehn 2013, Scalable Modified Kneser-Ney Language Model Estimation
+    [EMA]      Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models (arXiv 2312.02696)
     [Clip]     Pascanu, Mikolov & Bengio 2012, On the difficulty of training Recurrent Neural Networks (arXiv 1211.5063)
 
 Shape letters, as suffixes: B streams, T time steps, V vocabulary, E embedding, H hidden, I input of a
@@ -367,6 +368,18 @@ def running_mean_of_iterates(iterates: Sequence[Any]) -> Array:
     for iterate in iterates:
         total = total + f64(iterate)
     return total / len(iterates)
+
+
+def power_mean_of_iterates(iterates: Sequence[Any], share: float) -> Array:
+    """Return the power-function average of w_1 … w_n ([EMA] sec. 3.1, with gamma = 2 / share - 2).
+
+        mean_n = b_n · mean_(n-1) + (1 - b_n) · w_n,   b_n = (1 - 1/n) ^ (gamma + 1)
+
+    Here as one sum: w_k has the weight (1 - b_k) · Π_{j=k+1..n} b_j, and that product is (k / n) ^ (gamma + 1).
+    """
+    n, power = len(iterates), 2 / share - 1
+    weights = [((k / n) ** power) - ((k - 1) / n) ** power for k in range(1, n + 1)]
+    return sum(weight * f64(iterate) for weight, iterate in zip(weights, iterates, strict=True))
 
 
 class NtAsgdResult(NamedTuple):

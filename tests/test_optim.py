@@ -248,6 +248,28 @@ def test_the_average_is_the_plain_mean_from_the_first_iterate_after_its_beginnin
     assert any(not np.array_equal(iterates[0][name], iterates[-1][name]) for name in iterates[0])
 
 
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+def test_an_average_over_a_last_share_is_the_references(share):
+    model = nn.Linear(3, 2).double()
+    average, iterates = RunningAverage(model, share), []
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=rng))
+        average.update()
+        iterates.append(weights_of(model))
+        for name, mean in average.weights.items():
+            close(mean, reference.power_mean_of_iterates([iterate[name] for iterate in iterates], share))
+
+
+def test_the_share_says_which_iterates_count():
+    # Of 1,000 iterates, each of which is its own number: the mean stands half of the share from the end.
+    for share in (1.0, 0.5, 0.1, 0.01):
+        mean = reference.power_mean_of_iterates(np.arange(1, 1001), share)
+        assert mean == pytest.approx(1000 * (1 - share / 2), abs=0.6)
+
+
 def test_the_average_does_not_move_the_weights():
     plain, averaged = make_model(), make_model()
     average = RunningAverage(averaged)
@@ -510,10 +532,29 @@ def test_finetuning_averages_from_the_first_step_and_ends_at_the_trigger(corpus,
     assert_same_weights(load_file(tmp_path / "run" / WEIGHTS), seen[1])
 
 
+@pytest.mark.parametrize(("kind", "share"), [("sgd", 1.0), ("adamw", 0.2)])
+@pytest.mark.usefixtures("in_double")
+def test_other_optimizers_average_from_the_first_step_where_they_are_told_to(
+    corpus, tmp_path, monkeypatch, kind, share
+):
+    seen = script_validation(monkeypatch, [3.0, 2.0, 2.5])
+    optim = {"kind": kind, "lr": 0.1, "max_epochs": 3, "average_share": share, "nonmono_interval": 1}
+    trainer, iterates, _, metrics = train(corpus, tmp_path / "run", run_recipe(optim=optim, dropout=0.2))
+    assert [row["averaging"] for row in metrics] == [True] * 3
+    for epoch, row in enumerate(metrics):
+        steps = iterates[1 : row["step"] + 1]
+        names = iterates[0]
+        assert_same_weights(
+            seen[epoch], {n: reference.power_mean_of_iterates([step[n] for step in steps], share) for n in names}
+        )
+    assert_same_weights(load_file(tmp_path / "run" / WEIGHTS), seen[1])
+    assert_same_weights(weights_of(trainer.model), iterates[-1])
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_other_optimizers_never_average(corpus, tmp_path, monkeypatch, kind):
+def test_other_optimizers_do_not_average_otherwise(corpus, tmp_path, monkeypatch, kind):
     script_validation(monkeypatch, [1.0, 2.0, 3.0, 4.0])
-    optim = {"kind": kind, "nonmono_interval": 1, "max_epochs": 4}
+    optim = {"kind": kind, "nonmono_interval": 1, "max_epochs": 4, "average_share": 0.0}
     trainer, _, _, metrics = train(corpus, tmp_path / "run", run_recipe(optim=optim))
     assert [row["averaging"] for row in metrics] == [False] * 4
     assert trainer.average is None

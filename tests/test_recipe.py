@@ -189,6 +189,7 @@ def test_explain_is_a_recipe_with_every_setting_documented(tmp_path, name):
     ("tokenizer.vocab_size=200", ["tokenizer.vocab_size = 200", "256 bytes"]),
     ("tokenizer.vocab_size=0", ["tokenizer.vocab_size = 0", "256 bytes"]),
     ("optim.average_at_start=true", ["optim.average_at_start needs optim.kind = 'nt-asgd'", "'adamw'"]),
+    ("optim.average_share=1.5", ["optim.average_share = 1.5", "less than or equal to 1"]),
     ("optim.lr", ["'optim.lr' is not a setting", "section.key=value"]),
     ("lr=3", ["'lr=3' is not a setting"]),
     ("optim.=3", ["'optim.=3' is not a setting"]),
@@ -252,6 +253,13 @@ def test_another_optimizer_brings_its_own_rates():
     assert load_recipe("isizulu-cpu", ["optim.kind=nt-asgd", "optim.lr=20"]).optim.lr == 20.0
     assert load_recipe("isizulu-cpu", ["optim.kind=adamw"]) == load_recipe("isizulu-cpu")
     assert not load_recipe("ptb-finetune", ["optim.kind=adamw"]).optim.average_at_start
+
+
+def test_nt_asgd_has_its_own_average():
+    assert refusal("optim.kind=nt-asgd", "optim.average_share=0.2").endswith(
+        "optim.average_share = 0.2 is for sgd and adamw; nt-asgd averages from its trigger on"
+    )
+    assert load_recipe(None, ["optim.kind=nt-asgd", "optim.average_share=0"]).optim.average_share == 0
 
 
 @pytest.mark.parametrize(

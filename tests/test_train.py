@@ -25,7 +25,8 @@ from ulimi.train import Interrupted, Silent, Trainer, train, validation_nats
 KINDS = {
     "sgd": ("optim.kind=sgd", "optim.lr=8", "optim.lr_drops=[1]", "optim.max_epochs=3"),
     "nt-asgd": ("optim.kind=nt-asgd", "optim.lr=8", "optim.lr_drops=[1]", "optim.max_epochs=4"),
-    "adamw": ("optim.kind=adamw", "optim.warmup_steps=40", "optim.max_epochs=3"),
+    "adamw": ("optim.kind=adamw", "optim.warmup_steps=40", "optim.max_epochs=3", "optim.average_share=0"),
+    "averaged adamw": ("optim.kind=adamw", "optim.warmup_steps=40", "optim.max_epochs=3", "optim.average_share=0.3"),
 }
 
 
@@ -165,7 +166,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_uninterrupted_run(tmp_path, c
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     train(corpus, whole, tiny(*KINDS[kind]))
     ends = [row["step"] for row in open_run(whole).metrics()]
-    assert open_run(whole).metrics()[-1]["averaging"] is (kind == "nt-asgd")
+    assert open_run(whole).metrics()[-1]["averaging"] is (kind in ("nt-asgd", "averaged adamw"))
     # In the middle of an epoch, at the last step of one, at the first step of one, twice in the (averaged) last one,
     # and at the very last step, when all that is left is to validate.
     stops = [13, ends[0], ends[0] + 1, ends[-2] + 6, ends[-2] + 17, ends[-1]]
@@ -335,6 +336,15 @@ def test_a_resumed_run_may_become_longer_and_its_recipe_says_so(tmp_path, corpus
     train(corpus, tmp_path / "longer", tiny(*sgd, "optim.max_epochs=1"))
     train(corpus, tmp_path / "longer", tiny(*sgd, "optim.max_epochs=2", "optim.patience=9"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "longer")
+
+
+def test_a_run_without_an_average_does_not_get_one_on_the_way(tmp_path, corpus):
+    train(corpus, tmp_path, tiny("optim.max_epochs=1", "optim.average_share=0"))
+    averaged = tiny("optim.max_epochs=2", "optim.average_share=0.3")
+    assert "optim.average_share" in refusal(lambda: train(corpus, tmp_path, averaged, resume=True))
+    # As of a version that had no such setting, and now has a default for it.
+    (tmp_path / "recipe.toml").write_text(averaged.to_toml())
+    assert "it holds no average" in refusal(lambda: train(corpus, tmp_path, averaged, resume=True))
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, corpus):

@@ -3,6 +3,9 @@
 NT-ASGD (sec. 3 of arXiv 1708.02182) is plain SGD and, once the trigger has fired, a running mean of the iterates. It is
 not built on `torch.optim.ASGD`, which updates its step size after the step, so that a rescaled learning rate acts one
 step late, and which leaves the first iterate out of the mean; here we differ from Merity's code.
+
+The other optimizers may have an average from their first step on, over about a last share of the steps so far. At a
+constant rate it stands for the rate's decay, and, unlike that, is as good at each moment as the run can be by then.
 """
 
 import math
@@ -56,11 +59,18 @@ def non_monotonic(history: Sequence[float], newest: float, n: int) -> bool:
 
 
 class RunningAverage:
-    """The plain mean of the weights after each step since it began (Polyak averaging)."""
+    """A mean of the weights after each step since it began (Polyak & Juditsky 1992).
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: whose weights.
+        share: of the steps so far that counts. 1 is the plain mean. Below it the k-th iterate has a weight about
+            proportional to k^(2/share - 2), and the mean is as old as the plain one of the last `share` of all steps
+            would be (the "power function" average of Karras et al. 2024, arXiv 2312.02696, sec. 3.1).
+    """
+
+    def __init__(self, model: nn.Module, share: float = 1.0) -> None:
         self.num_iterates = 0
-        self._model = model
+        self._model, self._share = model, share
         self.weights: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
 
     @torch.no_grad()
@@ -68,7 +78,8 @@ class RunningAverage:
         """Take the model's present weights into the mean."""
         self.num_iterates += 1
         parameters = [p.detach() for p in self._model.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), parameters, 1 / self.num_iterates)
+        of_newest = 1 - (1 - 1 / self.num_iterates) ** (2 / self._share - 1)
+        torch._foreach_lerp_(list(self.weights.values()), parameters, of_newest)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

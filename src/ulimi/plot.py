@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 
 
 def plot_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw validation and training loss over time, and where averaging began.
+    """Draw validation and training loss over time, and where averaging began, if not at once.
 
     Args:
         rows: of metrics.jsonl.
@@ -22,7 +22,7 @@ def plot_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.plot(minutes, [row["valid_nll"] for row in rows], marker=".", label="validation")
     axis.plot(minutes, [row["train_loss"] for row in rows], marker=".", label="training loss (with dropout)")
     averaging = [m for m, row in zip(minutes, rows, strict=True) if row["averaging"]]
-    if averaging:
+    if len(averaging) not in (0, len(rows)):
         axis.axvline(averaging[0], linestyle=":", color="grey", label="first averaged epoch")
     bits = rows[-1]["valid_bits_per_char"] if rows else float("nan")
     axis.set(

@@ -117,6 +117,8 @@ class OptimRecipe(_Section):
     """stop after this many epochs without a better validation loss; 0 = never"""
     nonmono_interval: int = Field(5, ge=1)
     """n of the non-monotonic trigger, in epochs [nonmono]"""
+    average_share: float = Field(0.0, ge=0, le=1)
+    """sgd, adamw: validate and keep the mean of the weights over about this last share of the steps; 0: no mean"""
     average_at_start: bool = False
     """nt-asgd as finetuning: average from the first step, and let the trigger end the run"""
     lr_drops: tuple[Annotated[int, Field(ge=1)], ...] = Field((), strict=False)
@@ -187,7 +189,7 @@ def build_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), *, 
     kind = given["optim"].get("kind", base_kind)
     if kind != base_kind:
         # The base's rates are those of another optimizer, on another scale.
-        for key in (*OPTIM_DEFAULTS["sgd"], "average_at_start"):
+        for key in (*OPTIM_DEFAULTS["sgd"], "average_at_start", "average_share"):
             merged["optim"].pop(key, None)
     for section, values in given.items():
         merged[section].update(values)
@@ -287,3 +289,8 @@ def _check_together(recipe: Recipe, source: str) -> None:
         )
     if recipe.optim.average_at_start and recipe.optim.kind != "nt-asgd":
         raise UlimiError(f"{source}: optim.average_at_start needs optim.kind = 'nt-asgd', not {recipe.optim.kind!r}")
+    if recipe.optim.average_share and recipe.optim.kind == "nt-asgd":
+        raise UlimiError(
+            f"{source}: optim.average_share = {recipe.optim.average_share} is for sgd and adamw; nt-asgd averages from "
+            "its trigger on"
+        )

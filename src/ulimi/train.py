@@ -256,7 +256,8 @@ class Trainer:
         if init_from is not None and old is None:
             adopt_weights(self.model, self.tokenizer, init_from)
         self.optimizer = make_optimizer(self.model, recipe.optim)
-        self.average = RunningAverage(self.model) if recipe.optim.average_at_start else None
+        averages = recipe.optim.average_at_start or recipe.optim.average_share > 0
+        self.average = self._new_average() if averages else None
         # Now: one that cannot be loaded must not leave a run behind.
         self.teacher = load_teacher(teacher, self.device) if teacher is not None else None
         self.lessons: Lessons | None = None
@@ -293,6 +294,10 @@ class Trainer:
             f"train {len(self.train_text.ids):,} tokens, valid {len(self.valid_text.ids):,}; "
             f"on {self.device}, {self.precision}"
         )
+
+    def _new_average(self) -> RunningAverage:
+        """Make one that has seen nothing: NT-ASGD's is the plain mean since its trigger."""
+        return RunningAverage(self.model, self.recipe.optim.average_share or 1.0)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -429,7 +434,7 @@ class Trainer:
             valid = self._validate_and_keep()
         fired = optim.kind == "nt-asgd" and non_monotonic(p.history, valid, optim.nonmono_interval)
         if fired and not averaging:
-            self.average = RunningAverage(self.model)
+            self.average = self._new_average()
             self.reporter.note(f"epoch {p.epoch + 1}: validation no longer falls, averaging begins")
         elif fired and optim.average_at_start:
             p.finished = True
@@ -600,8 +605,10 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
+        if num_iterates is None and self.average is not None:
+            raise UlimiError(f"{path} was written by another ulimi, which alone can resume it: it holds no average")
         if num_iterates is not None:
-            self.average = RunningAverage(self.model)
+            self.average = self._new_average()
             self.average.num_iterates = num_iterates
             for name, tensor in self.average.weights.items():
                 tensor.copy_(tensors[f"average.{name}"])
