@@ -396,8 +396,9 @@ def test_a_required_word_that_a_start_has_begun_counts():
     ({"num": 4, "num_groups": 0}, "got 0 groups of 4 beams"),
     ({"num": 4, "diversity": -0.1}, "diversity must be a finite number"),
     ({"num": 4, "diversity": math.nan}, "diversity must be a finite number"),
-    ({"num": 4, "length_penalty": math.inf}, "length_penalty must be a finite number"),
-    ({"num": 4, "length_penalty": math.nan}, "length_penalty must be a finite number"),
+    ({"num": 4, "length_penalty": math.nan}, "length_penalty must be -10 to 10"),
+    ({"num": 4, "length_penalty": 1000.0}, "length_penalty must be -10 to 10; got 1000.0"),
+    ({"num": 4, "length_penalty": -11.0}, "length_penalty must be -10 to 10"),
 ])  # fmt: skip
 def test_beams_out_of_range_are_refused(options, said):
     with pytest.raises(UlimiError, match=said):

@@ -1,6 +1,7 @@
 """Each rule with what it takes and what it leaves; and the whole: its files, its report, its end."""
 
 import gzip
+import os
 import sys
 from collections import Counter
 
@@ -530,6 +531,12 @@ def run_cli(monkeypatch, *words):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return ended.value.code
+
+
+def test_a_pipe_cannot_be_cleaned(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert run_cli(monkeypatch, "corpus", "clean", tmp_path / "pipe", "--out", tmp_path / "out.txt") == 2
+    assert "is read more than once to be cleaned, so it cannot be a pipe" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

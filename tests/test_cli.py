@@ -6,6 +6,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -785,6 +786,39 @@ def test_the_script_and_the_module_are_the_same_command(tiny_run):
     ]
     assert all(output.stdout == outputs[0].stdout and output.returncode == 0 for output in outputs)
     assert b"AWD-LSTM" in outputs[0].stdout
+
+
+def test_what_is_written_is_utf8_whatever_python_takes_the_terminal_for(tiny_run):
+    for encoding in ("cp1252", "ascii"):
+        result = subprocess.run(
+            command("generate", "ŋ😀", "-m", tiny_run.dir, "--seed", "1", "--max-tokens", "3"),
+            capture_output=True, timeout=60, env={**environment(), "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.decode().startswith("ŋ😀")
+    result = subprocess.run(
+        [*command("evaluate"), b"\xff.txt", "-m", tiny_run.dir], capture_output=True, timeout=60,
+        env={**environment(), "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(("shut", "words", "said"), [
+    ("<&-", ("score",), "standard input is closed"),
+    ("<&-", ("suggest", "-"), "standard input is closed"),
+    (">&-", ("generate", "Inja", "--seed", "1"), "standard output is closed"),
+    (">&-", ("score", os.devnull), "standard output is closed"),
+])  # fmt: skip
+def test_a_closed_stream_is_one_line(tiny_run, shut, words, said):
+    line = shlex.join(command(*words, "-m", tiny_run.dir))
+    result = subprocess.run(
+        ["sh", "-c", f"{line} {shut}"], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=60, text=True,
+        env=environment(),
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
 
 
 def test_what_is_written_can_be_read_back_by_a_pipe(tiny_run):

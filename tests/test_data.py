@@ -98,6 +98,12 @@ def test_unknown_tokens_are_counted(text_path, cache):
     assert encode_file(text_path, CountingTokenizer(), cache).num_unknown == 3
 
 
+def test_a_cache_that_cannot_be_made_is_one_line_that_says_how_to_name_another(text_path, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UlimiError, match=r"the cache folder .*file/cache cannot be made .*ULIMI_CACHE names another"):
+        encode_file(text_path, CountingTokenizer(), tmp_path / "file" / "cache")
+
+
 def test_a_second_call_encodes_nothing(text_path, cache):
     tokenizer = CountingTokenizer()
     first = encode_file(text_path, tokenizer, cache)

@@ -177,6 +177,19 @@ def test_an_atomic_write_is_there_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == "isiZulu “ō”\n".encode()
 
 
+def test_an_atomic_write_changes_what_a_link_leads_to_and_leaves_pipes_alone(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        assert "this is a device or a pipe" in refusal(lambda path=path: write_text(path, "text"))
+        assert not path.is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "real"]
+
+
 def test_an_atomic_write_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     done = []
     fsync, replace = os.fsync, Path.replace
@@ -254,6 +267,12 @@ def test_the_summary_of_a_run_that_has_not_ended_says_so(run_dir):
     assert "--resume" in facts["state"]
     assert facts["started from"] == "/other/run"
     assert not {"training", "curve", "score, valid"} & facts.keys()
+
+
+@pytest.mark.parametrize("spoilt", [{"machine": None}, {"data": []}, {"created": None, "data": {"train": 5}}])
+def test_the_summary_of_a_damaged_meta_file_is_one_line(run_dir, spoilt):
+    write_json(run_dir / "meta.json", {**open_run(run_dir).meta, **spoilt})
+    assert "meta.json: an entry is not of the kind" in refusal(lambda: summary(open_run(run_dir)))
 
 
 def test_the_model_card_holds_the_summary_and_the_recipe(tiny_run):

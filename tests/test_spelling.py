@@ -217,6 +217,14 @@ def test_a_prompt_is_cut_before_the_piece_that_may_go_on(text, before, begun):
     assert split_prompt(tokenizer, text) == ([tokenizer.eos_id, *tokenizer.encode(before)], begun.encode())
 
 
+def test_a_long_piece_is_cut_between_characters():
+    tokenizer = Tokenizer.train(LINES * 3, vocab_size=300)
+    for text in ("漢字仮名交文字列" * 4, "é" * 50, "a" + "é" * 50, "😀" * 20):
+        ids, begun = split_prompt(tokenizer, text)
+        assert MAX_BEGUN_BYTES <= len(begun) < MAX_BEGUN_BYTES + 4
+        assert tokenizer.decode(ids[1:]) + begun.decode() == text
+
+
 def test_other_kinds_cut_words_or_nothing():
     words, chars = (Tokenizer.train(LINES, kind=kind) for kind in ("word", "char"))
     assert split_prompt(words, "kahle kakh") == ([words.eos_id, *words.encode("kahle")], b"kakh")

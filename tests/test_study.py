@@ -31,6 +31,14 @@ def no_features(texts):
     return None
 
 
+def test_texts_of_which_one_is_empty_are_judged():
+    # In some resamples nothing is written at all: there sacrebleu gives a number of another type.
+    texts = [record("", "inja yami"), record("kodwa uma", "kodwa uma")]
+    chrf = judge_texts([texts], None, no_features)["chrf"]
+    assert chrf is not None
+    assert 0 < chrf.mean < 100
+
+
 def test_prompts_are_spread_over_the_lines_that_are_long_enough():
     lines = ["too short", *(f"w{i} b c d e f g" for i in range(9))]
     found = cut_prompts(lines, 3, 2)

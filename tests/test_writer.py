@@ -192,6 +192,44 @@ def test_a_text_ends_before_a_stop_string_in_what_was_written(kind, prompt):
             assert write(kind, prompt, seed, stops=(stop,)).written == whole[:place]
 
 
+NFD = unicodedata.normalize("NFD", "Ngiyabôna")
+
+
+@pytest.mark.parametrize("stop", ["ô", unicodedata.normalize("NFD", "ô")])
+def test_a_stop_string_is_the_same_in_every_normal_form(stop):
+    lines = [NFD] * 6
+    tokenizer = Tokenizer.train(lines, kind="char")
+    ids = np.array([id for ids in tokenizer.encode_lines(lines) for id in ids])
+    engine = NgramEngine(count_ngrams(ids, tokenizer.vocab_size, 4))
+    writing = Writing(sampling=Sampling(temperature=0.0), ending=Ending(max_tokens=7, stops=(stop,)))
+    (text,) = Writer(engine, tokenizer, writing).write("Ngi")
+    assert text.text == "Ngiyab"
+
+
+def test_a_stop_string_that_is_no_text_is_refused():
+    with pytest.raises(UlimiError, match="surrogate"):
+        writer("bpe", stops=("\ud800",))
+
+
+@cases
+def test_a_text_in_which_nothing_may_come_twice_can_still_end(kind):
+    texts = writer(kind, no_repeat_ngram=1, at="paragraph", sampling=Sampling(), max_tokens=400).write("In", num=8)
+    assert any(text.num_tokens < 60 for text in texts)
+
+
+@cases
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("options", [{"max_chars": 1}, {"max_tokens": 1}, {"beams": Beams(num=2), "max_chars": 1}, {}])
+def test_the_words_are_all_of_the_text(kind, prompt, options):
+    one = writer(kind, **options)
+    (text,) = one.write(prompt)
+    told = "".join(word.text for word in [*one.prompt_words(prompt), *text.words])
+    if kind != "word":
+        assert told == text.text
+    elif TOKENIZERS[kind].unk_id not in TOKENIZERS[kind].encode(prompt):
+        assert told.split() == text.text.split()
+
+
 @cases
 @pytest.mark.parametrize("prompt", ["", "Uthisha uthanda in"])
 @pytest.mark.parametrize("at", ["sentence", "paragraph"])
@@ -255,6 +293,21 @@ def test_a_word_that_was_typed_goes_on_where_it_is_banned():
     for kind in KINDS:
         for seed in range(10):
             assert not has_word(write(kind, "inja", seed, banned=("Inja",)).text, "inja")
+
+
+@cases
+@pytest.mark.parametrize("options", [{"beams": Beams(num=3)}, {"stops": ("a",)}, {"stops": ("na",)}, {}], ids=str)
+def test_a_limit_or_a_stop_string_does_not_leave_a_banned_word_at_the_end(kind, options):
+    banned = ("inja", "uthisha", "i", "in", "uth", "kuhle")
+    came = 0
+    for prompt, limit in itertools.product(["", "Ubani? ", "Uthisha uthanda i", "inj"], (1, 2, 3, 5)):
+        texts = writer(kind, banned=banned, max_tokens=limit, **options).write(prompt, num=3, seed=limit)
+        for text in texts:
+            last = re.search(r"[\w'’]*$", text.text.lower())[0]
+            assert not text.written or last not in banned, text
+        free = writer(kind, max_tokens=limit, **options).write(prompt, num=3, seed=limit)
+        came += sum(re.search(r"[\w'’]*$", text.text.lower())[0] in banned for text in free)
+    assert came > 0 or kind == "word"  # a closed vocabulary's words are whole, and banned ones never come
 
 
 def test_if_a_closed_vocabulary_has_banned_words_only_that_is_said():

@@ -51,8 +51,8 @@ class Beams:
             )
         if not 0 <= self.diversity < np.inf:
             raise UlimiError(f"diversity must be a finite number, 0 (none) or more; got {self.diversity!r}")
-        if not -np.inf < self.length_penalty < np.inf:
-            raise UlimiError(f"length_penalty must be a finite number; got {self.length_penalty!r}")
+        if not -10 <= self.length_penalty <= 10:
+            raise UlimiError(f"length_penalty must be -10 to 10; got {self.length_penalty!r}")
 
 
 @dataclass(frozen=True)

@@ -575,6 +575,10 @@ def plan_cleaning(paths: Sequence[Path], out: Path, report_path: Path | None = N
             cleaned.append((parts["train"], out / "train.txt"))
             copied.extend((part, out / part.name) for part in (parts["valid"], parts["test"]) if part is not None)
         elif not path.is_file():
+            if path.exists():
+                raise UlimiError(
+                    f"{path}: a text is read more than once to be cleaned, so it cannot be a pipe or device"
+                )
             raise UlimiError(f"{path}: there is no such file")
         else:
             name = path.name.removesuffix(".gz").removesuffix(".zst")

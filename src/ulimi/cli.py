@@ -4,6 +4,7 @@ Results go to standard output, everything else to standard error. A mistake of t
 """
 
 import hashlib
+import io
 import json
 import math
 import re
@@ -77,6 +78,12 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 
 def main() -> None:
     """Run the command line; every mistake of the user's ends here."""
+    for stream in (sys.stdout, sys.stderr):
+        # What is read is UTF-8, wherever that is; so is what is written.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if sys.stdout is None:
+        _fail("standard output is closed; to write nothing, send it to /dev/null")
     try:
         sys.exit(app(prog_name="ulimi", standalone_mode=False))
     except UlimiError as error:
@@ -105,7 +112,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"ulimi: error: {message}", file=sys.stderr)  # noqa: T201
+    if sys.stderr is not None:  # else it would go to standard output
+        print(f"ulimi: error: {message}", file=sys.stderr)  # noqa: T201
     sys.exit(2)
 
 
@@ -530,7 +538,7 @@ def score(
     told = {"marginal": True} if marginal else {}
     num_unknown = 0
     # Who types lines wants each answer at once; a file is faster in batches.
-    at_once = 1 if file == "-" and sys.stdin.isatty() else 256
+    at_once = 1 if file == "-" and sys.stdin is not None and sys.stdin.isatty() else 256
     if not as_json:
         typer.echo("nats\ttokens\tchars\tbits_per_char\ttext")
     tokenizer = run.tokenizer

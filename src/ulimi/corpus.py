@@ -112,6 +112,8 @@ def read_lines(path: Path | str | BinaryIO) -> Iterator[str]:
         with file:
             yield from _decode(_decompress(file, path.suffix.lower()), str(path))
     else:
+        if isinstance(path, (str, Path)) and sys.stdin is None:
+            raise UlimiError("-: standard input is closed")
         stream = sys.stdin.buffer if isinstance(path, (str, Path)) else path
         name = getattr(stream, "name", None)
         # Standard input may also have a number for its name, where it was opened from a descriptor.

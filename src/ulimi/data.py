@@ -65,7 +65,7 @@ def encode_file(path: Path, tokenizer: Tokenizer, cache_dir: Path | None = None)
         cache_dir: where the ids are kept; None means `default_cache_dir()`.
 
     Raises:
-        UlimiError: the file cannot be read as text, is empty, or is a pipe.
+        UlimiError: the file cannot be read as text, is empty, or is a pipe; the cache cannot be written.
     """
     if str(path) == "-":
         raise UlimiError("-: the text is read more than once, so it cannot come from standard input; give a file")
@@ -83,6 +83,14 @@ def encode_file(path: Path, tokenizer: Tokenizer, cache_dir: Path | None = None)
     ids_path, info_path = cache_dir / f"{digest}.ids", cache_dir / f"{digest}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         return _map(ids_path, info_path, digest)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UlimiError(
+            f"the cache folder {cache_dir} cannot be made ({error.strerror}); the variable ULIMI_CACHE names another"
+        ) from None
+    if not os.access(cache_dir, os.W_OK):
+        raise UlimiError(f"the cache folder {cache_dir} cannot be written to; the variable ULIMI_CACHE names another")
     _encode(path, tokenizer, ids_path, info_path)
     return _map(ids_path, info_path, digest)
 

@@ -15,11 +15,16 @@ from ulimi.errors import UlimiError
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a path to write to, which becomes `path` when the block ends well, and vanishes when it does not.
 
+    Of a link, what it leads to.
+
     Raises:
-        UlimiError: there is a folder of that name.
+        UlimiError: there is a folder, a device or a pipe of that name.
     """
     if path.is_dir():
         raise UlimiError(f"{path}: this is a folder; give a file")
+    if path.exists() and not path.is_file():
+        raise UlimiError(f"{path}: this is a device or a pipe, which cannot be replaced; give a file")
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

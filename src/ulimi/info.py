@@ -23,6 +23,8 @@ def summary(run: Run, place: Path | None = None) -> list[tuple[str, str]]:
         return _facts(run, place or run.dir)
     except KeyError as error:
         raise UlimiError(f"{run.dir}/meta.json: no entry {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UlimiError(f"{run.dir}/meta.json: an entry is not of the kind that it should be: {error}") from None
 
 
 def _facts(run: Run, place: Path) -> list[tuple[str, str]]:
@@ -69,7 +71,7 @@ def _model_facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _ngram_text(meta: dict[str, Any], config: dict[str, Any]) -> str:
-    text = f"modified Kneser-Ney of order {config['order']}, {sum(meta['num_ngrams']) / 1e6:.1f}M n-grams"
+    text = f"modified Kneser-Ney of order {config['order']}, {sum(meta['num_ngrams']):,} n-grams"
     if orders := meta["fallback_orders"]:
         text += f"; the text is too small for its own discounts at order {', '.join(map(str, orders))}"
     return text

@@ -124,9 +124,14 @@ def split_prompt(tokenizer: Tokenizer, text: str) -> tuple[list[int], bytes]:
         return (ids[:-1], piece.encode()) if piece else (ids, b"")
     num_bytes = MAX_BEGUN_BYTES if piece is None else min(len(piece.encode()), MAX_BEGUN_BYTES)
     begun = b""
-    while len(begun) < num_bytes:
+    while len(begun) < num_bytes or _begins_inside(begun):
         begun = tokenizer.token_bytes(ids.pop()) + begun
     return ids, begun
+
+
+def _begins_inside(text: bytes) -> bool:
+    """Tell whether UTF-8 begins inside a character."""
+    return text[:1] != b"" and text[0] & 0xC0 == 0x80
 
 
 def covers(

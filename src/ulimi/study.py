@@ -317,6 +317,18 @@ class _Features:
         return np.stack(rows)
 
 
+def _give_floats(metric: Any) -> None:
+    """Let a sacrebleu metric give Python's numbers: of numpy's and its own together it cannot take the mean."""
+    compute = metric._compute_score_from_stats
+
+    def compute_float(stats: Any) -> Any:
+        score = compute(stats)
+        score.score = float(score.score)
+        return score
+
+    metric._compute_score_from_stats = compute_float
+
+
 def judge_texts(
     seeds: Sequence[Sequence[dict[str, Any]]], attested: Callable[[str], bool] | None,
     features: Callable[[Sequence[str]], NDArray[np.float32] | None],
@@ -339,6 +351,7 @@ def judge_texts(
     written, rests = [r["written"] for r in records], [r["rest"] for r in records]
     figures: dict[str, Figure | None] = {}
     for name, metric in (("bleu", BLEU(effective_order=False)), ("chrf", CHRF(word_order=2))):
+        _give_floats(metric)
         score = metric.corpus_score(written, [rests], n_bootstrap=NUM_RESAMPLES if len(records) > 1 else 1)
         figures[name] = Figure(float(score.score), float(score._ci) if len(records) > 1 else None)
     cers = [_character_errors(r["rest"], r["written"], jiwer) for r in records]

@@ -9,7 +9,7 @@ Light floor: this module knows tokens and text, not the network.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -95,10 +95,16 @@ class WordWriter:
         after: the text that this one goes on from; kind "word" puts a space between two words.
         typed: what the first tokens spell that was typed already: it is not counted, and neither it nor a stop string
             in it ends the text.
+        may_end: whether a text may end so; if not, a last word that a limit or a stop string leaves there is left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ending: Ending | None = None, after: str = "", typed: str = "") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, ending: Ending | None = None, after: str = "", typed: str = "",
+        may_end: Callable[[str], bool] = lambda text: True,
+    ) -> None:  # fmt: skip
         self._tokenizer = tokenizer
+        self._may_end = may_end
+        self._given = after  # what stands before all words that are not yet given away, as far back as it matters
         self._ending = ending or Ending()
         self._held_chars = max((len(stop) for stop in self._ending.stops), default=1) - 1
         self._stream = tokenizer.stream(words=False)
@@ -134,6 +140,7 @@ class WordWriter:
         self._look_for_stop()
         while self._words and (self.stopped or self._certain()):
             word = self._words.pop(0)
+            self._given = word.text
             self._num_typed = max(0, self._num_typed - len(word.text))
             yield word
 
@@ -184,7 +191,8 @@ class WordWriter:
         if not self.stopped:
             rest = self._stream.flush()
             self._open = Word(self._open.text + rest, self._open.logprob, self._open.num_tokens)
-            if cut_off and self.unfinished and (self._num_words > 0 or self._words):
+            is_alone = self._num_words == 0 and not self._words
+            if cut_off and self.unfinished and not (is_alone and self._may_end(self._given + self._open.text)):
                 self._open = Word("", 0.0, 0)
             self._look_for_stop()
         self._close()
@@ -226,6 +234,8 @@ class WordWriter:
                 break
             self._words.append(Word(word.text[:left], word.logprob, word.num_tokens))
             left -= len(word.text)
+        if self._words and not self._may_end(self._given + "".join(word.text for word in self._words)):
+            self._words.pop()
 
 
 def group_words(tokenizer: Tokenizer, tokens: Iterable[tuple[int, float]]) -> list[Word]:
@@ -296,11 +306,12 @@ class BannedWords:
 
     def __call__(self, ids: Sequence[int], logits_V: NDArray[np.float64]) -> None:
         """Rule out what would end a banned word that stands at the end."""
-        if not self._tokenizer.is_lossless or self._banned_at_end(ids):
+        if not self._tokenizer.is_lossless or self.ends(self._tokenizer.decode(ids[-self._num_tail :])):
             logits_V[self._ruled_out_V] = -np.inf
 
-    def _banned_at_end(self, ids: Sequence[int]) -> bool:
-        text = self._folded(self._tokenizer.decode(ids[-self._num_tail :]))
+    def ends(self, text: str) -> bool:
+        """Tell whether one of them stands at the end of a text."""
+        text = self._folded(text)
         start = len(text)
         while start and (text[start - 1] == "-" or in_word(text[start - 1])):
             start -= 1

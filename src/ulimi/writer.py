@@ -6,7 +6,7 @@ are. Light floor.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -176,15 +176,17 @@ class Writer:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, writing: Writing) -> None:
         self._engine, self._tokenizer, self._writing = engine, tokenizer, writing
+        # Texts are in NFC, and so is what can be found in them.
+        self._ending = replace(writing.ending, stops=tuple(map(tokenizer.normalize, writing.ending.stops)))
         self._index = TokenIndex(tokenizer)
         # They look at the whole vocabulary, and beam search alone asks for them.
         self._ends_word_V = ends_word(tokenizer) if writing.required else None
         self._begins_word_V = begins_word(tokenizer) if writing.beams is not None else None
         self._rules: list[Rule] = []
         if writing.repetition_penalty != 1:
-            self._rules.append(RepetitionPenalty(writing.repetition_penalty))
+            self._rules.append(_after_start(RepetitionPenalty(writing.repetition_penalty)))
         if writing.no_repeat_ngram:
-            self._rules.append(NoRepeatNgram(writing.no_repeat_ngram))
+            self._rules.append(_after_start(NoRepeatNgram(writing.no_repeat_ngram)))
         self._banned = BannedWords(tokenizer, writing.banned) if writing.banned else None
         if self._banned is not None:
             self._rules.append(self._banned)
@@ -217,7 +219,7 @@ class Writer:
         before = prompt[: len(prompt) - len(typed)]
 
         def make() -> WordWriter:
-            return WordWriter(self._tokenizer, self._writing.ending, before, typed)
+            return WordWriter(self._tokenizer, self._ending, before, typed, self._may_end)
 
         if beams is not None:
             texts = self._search(beams, prompt, typed, context, starts, num, make)
@@ -241,12 +243,19 @@ class Writer:
             # It was the limit that ended the text, inside a word as far as anyone can tell: words come out whole.
             for word in writer.flush(cut_off=True):
                 take(row, word)
+            for word in _left_of(typed, words[row]):
+                take(row, word)
         return [Text(prompt, typed, tuple(row)) for row in words]
 
     def prompt_words(self, prompt: str) -> list[Word]:
         """Give the words of a prompt that are certain to be whole, each with its probability after those before it."""
-        scored = [(step.id, step.logprob) for step in score_prompt(self._engine, self.split(prompt).context)]
-        return group_words(self._tokenizer, scored)
+        given = self.split(prompt)
+        scored = [(step.id, step.logprob) for step in score_prompt(self._engine, given.context)]
+        words = group_words(self._tokenizer, scored)
+        before = given.prompt.removesuffix(given.typed)
+        if not self._tokenizer.is_lossless and words and before[-1:].isspace() and not before.endswith("\n"):
+            words.append(Word(" ", 0.0, 0))  # no token of a closed vocabulary holds it
+        return words
 
     def split(self, prompt: str) -> "Prompt":
         """Read a prompt: normalise it, and part the word that was begun from what stands before it."""
@@ -283,16 +292,16 @@ class Writer:
         if writing.contrastive is not None:
             return contrastive_search(
                 self._engine, context, penalty=writing.contrastive,
-                top_k=writing.sampling.top_k or CONTRASTIVE_TOP_K, max_tokens=writing.ending.max_tokens,
+                top_k=writing.sampling.top_k or CONTRASTIVE_TOP_K, max_tokens=self._ending.max_tokens,
                 should_stop=stopped, rules=self._rules_for(writers[0]), starts=starts,
             )  # fmt: skip
         return generate(
-            self._engine, context, sampling=writing.sampling, max_tokens=writing.ending.max_tokens, num=num, seed=seed,
+            self._engine, context, sampling=writing.sampling, max_tokens=self._ending.max_tokens, num=num, seed=seed,
             should_stop=stopped, rules=lambda row: self._rules_for(writers[row]), starts=starts,
         )  # fmt: skip
 
     def _rules_for(self, writer: WordWriter) -> list[Rule]:
-        if self._writing.ending.at == "never":
+        if self._ending.at == "never":
             return self._rules
 
         def not_yet(_ids: Sequence[int], logits_V: Any) -> None:
@@ -305,7 +314,7 @@ class Writer:
         self, beams: Beams, prompt: str, typed: str, context: list[int], starts: list[Start], num: int,
         make: Callable[[], WordWriter],
     ) -> list[Text]:  # fmt: skip
-        ending = self._writing.ending
+        ending = self._ending
 
         # Every text but the first is one that was read already, and a token.
         known: dict[tuple[int, ...], WordWriter] = {(): make()}
@@ -338,12 +347,16 @@ class Writer:
             words = [word for token, logprob in pairs for word in writer.push(token, logprob)]
             # One that ended before a token, which it does not hold, has a log-probability more than ids.
             words += writer.flush(cut_off=len(hypothesis.logprobs) == len(hypothesis.ids))
+            words += _left_of(typed, words)
             text = Text(prompt, typed, tuple(words), hypothesis.score)
             if self._holds_required(words):
                 texts.setdefault(text.text, text)
         if not texts:
             raise UlimiError(nothing_found(ending.max_tokens, required=True))
         return list(texts.values())[:num]
+
+    def _may_end(self, text: str) -> bool:
+        return self._banned is None or not self._banned.ends(text)
 
     def _holds_required(self, words: Sequence[Word]) -> bool:
         """Whether the required words are still there, after a limit or a stop string has cut the text."""
@@ -357,3 +370,14 @@ class Writer:
             raise UlimiError(f"the required word {word!r} is not in the model's closed vocabulary")
         inside = tuple(self._tokenizer.encode(f" {word}")) if self._tokenizer.is_lossless else at_start
         return Required(inside, at_start)
+
+
+def _left_of(typed: str, words: Sequence[Word]) -> list[Word]:
+    """Give what was typed and is not in the words, since those that hold it were left out: it is certain."""
+    left = typed[sum(len(word.text) for word in words) :]
+    return [Word(left, 0.0, 0)] if left else []
+
+
+def _after_start(rule: Rule) -> Rule:
+    """Let a rule not see the <eos> that each prompt begins with: no line has ended there."""
+    return lambda ids, logits_V: rule(ids[1:], logits_V)
