@@ -122,7 +122,7 @@ def test_weight_decay_is_on_all_parameters(kind):
 
 @pytest.mark.parametrize(
     ("kind", "lr", "weight_decay", "max_grad_norm"),
-    [("sgd", 30.0, 1.2e-6, 0.25), ("nt-asgd", 30.0, 1.2e-6, 0.25), ("adamw", 6e-3, 0.01, 1.0)],
+    [("sgd", 30.0, 1.2e-6, 0.25), ("nt-asgd", 30.0, 1.2e-6, 0.25), ("adamw", 5e-3, 0.01, 1.0)],
 )
 def test_each_optimizer_has_defaults_of_its_own(kind, lr, weight_decay, max_grad_norm):
     recipe = optim_recipe(kind)
@@ -422,7 +422,7 @@ def train(corpus, run_dir, recipe):
 def test_the_loop_takes_the_references_steps(corpus, tmp_path, tied, kind):
     """Cross entropy, then AR and TAR, then the clip over everything, then one step at the window's own rate."""
     optim = {"kind": kind, "lr": 4.0 if kind == "sgd" else 0.01, "weight_decay": 0.01, "max_grad_norm": 0.2}
-    optim |= {"max_epochs": 3, "lr_drops": [1], "warmup_steps": 3}
+    optim |= {"max_epochs": 3, "lr_drops": [1], "warmup_steps": 3, "final_lr_ratio": 0.0, "average_share": 0.0}
     recipe = run_recipe(optim=optim, loss={"ar_alpha": 2.0, "tar_beta": 1.0}, tied=tied)
     trainer, iterates, rates, metrics = train(corpus, tmp_path / "run", recipe)
 

@@ -252,7 +252,9 @@ def test_another_optimizer_brings_its_own_rates():
     assert (changed.optim.lr, changed.optim.max_grad_norm, changed.optim.max_epochs) == (30.0, 0.25, 500)
     assert load_recipe("isizulu-cpu", ["optim.kind=nt-asgd", "optim.lr=20"]).optim.lr == 20.0
     assert load_recipe("isizulu-cpu", ["optim.kind=adamw"]) == load_recipe("isizulu-cpu")
-    assert not load_recipe("ptb-finetune", ["optim.kind=adamw"]).optim.average_at_start
+    assert changed.optim.average_share == 0
+    averaged = load_recipe("ptb-finetune", ["optim.kind=adamw"]).optim
+    assert (averaged.average_at_start, averaged.average_share, averaged.final_lr_ratio) == (False, 0.2, 1.0)
 
 
 def test_nt_asgd_has_its_own_average():

@@ -383,7 +383,7 @@ def test_the_weights_kept_are_those_of_the_lowest_validation_loss(tmp_path, corp
             seen.append(weights_of(trainer.model))
 
     keeper = Keeper()
-    trainer = make_trainer(corpus, tmp_path, "optim.max_epochs=6", reporter=keeper)
+    trainer = make_trainer(corpus, tmp_path, "optim.max_epochs=6", "optim.average_share=0", reporter=keeper)
     trainer.run(5.0, False, bool)
     assert [row["best"] for row in keeper.rows] == [True, True, False, True, False, False]
     assert_equal_weights(load_file(tmp_path / WEIGHTS), seen[3])
@@ -571,7 +571,7 @@ def test_the_real_trigger_fires_on_a_loss_that_rises_again(tmp_path, corpus, mon
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_other_optimizers_have_no_trigger(tmp_path, corpus, monkeypatch, kind):
     monkeypatch.setattr("ulimi.train.non_monotonic", lambda history, newest, n: True)
-    _, recorder, _ = run_and_record(corpus, tmp_path, f"optim.kind={kind}", "optim.lr=0.01")
+    _, recorder, _ = run_and_record(corpus, tmp_path, f"optim.kind={kind}", "optim.lr=0.01", "optim.average_share=0")
     assert not any(row["averaging"] for row in recorder.rows)
     assert "average.lm_head.bias" not in read_checkpoint(tmp_path)[0]
 

@@ -25,9 +25,12 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 OPTIM_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 30.0, "weight_decay": 1.2e-6, "max_grad_norm": 0.25, "max_epochs": 500},
     "nt-asgd": {"lr": 30.0, "weight_decay": 1.2e-6, "max_grad_norm": 0.25, "max_epochs": 500},
-    "adamw": {"lr": 6e-3, "weight_decay": 0.01, "max_grad_norm": 1.0, "max_epochs": 20},
-}
-"""Each optimizer has its own scale of learning rate: 30 makes AdamW diverge, 6e-3 makes SGD stand still."""
+    "adamw": {
+        "lr": 5e-3, "weight_decay": 0.01, "max_grad_norm": 1.0, "max_epochs": 20, "final_lr_ratio": 1.0,
+        "average_share": 0.2,
+    },
+}  # fmt: skip
+"""Each optimizer has its own scale of learning rate: 30 makes AdamW diverge, 5e-3 makes SGD stand still."""
 
 
 class _Section(BaseModel):
@@ -102,9 +105,9 @@ class OptimRecipe(_Section):
     """How weights move, and when to stop."""
 
     kind: Literal["sgd", "nt-asgd", "adamw"] = "adamw"
-    """plain SGD; SGD, then its average by the non-monotonic trigger (sec. 3); AdamW, warm-up and cosine"""
+    """plain SGD; SGD, then its average by the non-monotonic trigger (sec. 3); AdamW after a warm-up"""
     lr: float = Field(gt=0)
-    """learning rate of a window of bptt tokens; by default 30 for sgd and nt-asgd, 6e-3 for adamw [lr]"""
+    """learning rate of a window of bptt tokens; by default 30 for sgd and nt-asgd, 5e-3 for adamw [lr]"""
     rescale_lr: bool = True
     """lr x (length of the window) / bptt (sec. 4.1)"""
     weight_decay: float = Field(ge=0)
@@ -118,7 +121,7 @@ class OptimRecipe(_Section):
     nonmono_interval: int = Field(5, ge=1)
     """n of the non-monotonic trigger, in epochs [nonmono]"""
     average_share: float = Field(0.0, ge=0, le=1)
-    """sgd, adamw: validate and keep the mean of the weights over about this last share of the steps; 0: no mean"""
+    """sgd, adamw: keep the mean of the weights over about this last share of the steps; 0, sgd's default: no mean"""
     average_at_start: bool = False
     """nt-asgd as finetuning: average from the first step, and let the trigger end the run"""
     lr_drops: tuple[Annotated[int, Field(ge=1)], ...] = Field((), strict=False)
@@ -126,7 +129,7 @@ class OptimRecipe(_Section):
     warmup_steps: int = Field(200, ge=0)
     """adamw: steps of linear warm-up"""
     final_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """adamw: lr at the end of the cosine, as a share of lr"""
+    """adamw: lr at the end, as a share of lr, to which it falls by a cosine; 1, the default, is a constant rate"""
     seed: int = Field(141, ge=0, lt=2**63)
     """of initialisation, dropouts and window lengths [seed]"""
 
@@ -189,7 +192,7 @@ def build_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), *, 
     kind = given["optim"].get("kind", base_kind)
     if kind != base_kind:
         # The base's rates are those of another optimizer, on another scale.
-        for key in (*OPTIM_DEFAULTS["sgd"], "average_at_start", "average_share"):
+        for key in (*OPTIM_DEFAULTS["adamw"], "average_at_start"):
             merged["optim"].pop(key, None)
     for section, values in given.items():
         merged[section].update(values)

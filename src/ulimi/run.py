@@ -122,9 +122,13 @@ class Run:
         self.need_network("recipe.toml")
         path = self.dir / "recipe.toml"
         try:
-            return tomllib.loads(path.read_text(encoding="utf-8"))
+            settings = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:  # ValueError: not TOML, or not UTF-8
             raise UlimiError(f"{path}: cannot be read: {error}") from None
+        if isinstance(settings.get("optim"), dict):
+            # Runs from before there was this setting were trained without what is its default now.
+            settings["optim"].setdefault("average_share", 0.0)
+        return settings
 
     @property
     def weights_path(self) -> Path:

@@ -7,8 +7,9 @@
     POST /score     {"lines": […]}                                            -> {"lines": […]}
 
 Fields and figures are those of the commands' options and of their `--json`. A mistake is {"error": one line} and a
-status from 400 on, but for a Host that is not this machine, of which Starlette says so in plain text. Nothing of what is typed is written down anywhere. Starlette and uvicorn know HTTP; the model
-answers one request after another, in the order in which they came. Light floor.
+status from 400 on; only another Host than this machine gets its 400 from Starlette, in plain text. Nothing of what is
+typed is written down anywhere. Starlette and uvicorn know HTTP; the model answers one request after another, in the
+order in which they came. Light floor.
 """
 
 import asyncio
