@@ -330,11 +330,11 @@ def test_a_write_that_fails_leaves_the_last_good_checkpoint(tmp_path, corpus, mo
     assert_same_run(whole, run_dir)
 
 
-def test_a_resumed_run_may_become_longer_and_its_recipe_says_so(tmp_path, corpus):
-    sgd = ("optim.kind=sgd", "optim.lr=8")
-    train(corpus, tmp_path / "whole", tiny(*sgd, "optim.max_epochs=2", "optim.patience=9"))
-    train(corpus, tmp_path / "longer", tiny(*sgd, "optim.max_epochs=1"))
-    train(corpus, tmp_path / "longer", tiny(*sgd, "optim.max_epochs=2", "optim.patience=9"), resume=True)
+@pytest.mark.parametrize("constant", [("optim.kind=sgd", "optim.lr=8"), ("optim.kind=adamw",)])
+def test_a_resumed_run_may_become_longer_and_its_recipe_says_so(tmp_path, corpus, constant):
+    train(corpus, tmp_path / "whole", tiny(*constant, "optim.max_epochs=2", "optim.patience=9"))
+    train(corpus, tmp_path / "longer", tiny(*constant, "optim.max_epochs=1"))
+    train(corpus, tmp_path / "longer", tiny(*constant, "optim.max_epochs=2", "optim.patience=9"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "longer")
 
 
