@@ -14,10 +14,9 @@ is that thread's processor time, in which other programs take no part, with more
 
 One rule for all networks: the weights that count are those with the lowest validation nats among the curve's points,
 and those points are what the plot shows. Ours has one after each epoch, in ten stretches of the text; GPT-2 one after
-each twelfth of its time, the text as one stream. AdamW's cosine ends with the time. For that ulimi must know how many
-epochs it will make: as many whole ones as fit, or miss it by a tenth of one, at a speed measured beforehand (a tenth of
-the time, a minute at most); so its minutes, which the table shows, differ from those allowed. GPT-2's cosine follows
-the clock itself.
+each twelfth of its time, the text as one stream. Ours makes as many whole epochs as fit, or miss it by a tenth of one,
+at a speed measured beforehand (a tenth of the time, a minute at most); so its minutes, which the table shows, differ
+from those allowed. GPT-2's rate falls by a cosine that follows the clock itself.
 
     ours, ours-bf16   the recipe isizulu-cpu but for its sizes, which are SIZES for all of ours, 5.5M parameters;
                       products of matrices in bfloat16

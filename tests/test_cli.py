@@ -469,7 +469,7 @@ def test_cache_and_dynamic_evaluation(works, run_dir, corpus_dir):
     static = nats()
     assert nats("--cache", "--cache-lambda", "0") == pytest.approx(static, rel=1e-5)
     assert nats("--dynamic", "--dynamic-lr", "0", "--dynamic-decay", "0") == pytest.approx(static, rel=1e-5)
-    rates = ("--dynamic-lr", "0.01", "--dynamic-decay", "0.02", "--dynamic-epsilon", "0.001")
+    rates = ("--dynamic-lr", "0.002", "--dynamic-decay", "0.02", "--dynamic-epsilon", "0.001")
     cache = ("--cache", "--cache-theta", "0.6")
     cached, dynamic, both = nats(*cache), nats("--dynamic", *rates), nats(*cache, "--dynamic", *rates)
     assert len({static, cached, dynamic, both}) == 4
