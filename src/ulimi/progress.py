@@ -103,5 +103,6 @@ def counting(what: str) -> Iterator[Callable[[int], None]]:
     if not console.is_terminal:
         yield lambda done: None
         return
-    with console.status(escape(what)) as status:
-        yield lambda done: status.update(f"{escape(what)}: {done:,}")
+    what = escape(what)
+    with console.status(what) as status:
+        yield lambda done: status.update(f"{what}: {done:,}")

@@ -131,7 +131,7 @@ def split_prompt(tokenizer: Tokenizer, text: str) -> tuple[list[int], bytes]:
 
 def _begins_inside(text: bytes) -> bool:
     """Tell whether UTF-8 begins inside a character."""
-    return text[:1] != b"" and text[0] & 0xC0 == 0x80
+    return bool(text) and 0x80 <= text[0] < 0xC0
 
 
 def covers(

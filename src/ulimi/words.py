@@ -183,7 +183,7 @@ class WordWriter:
         return self._num_chars + len(self._open.text)
 
     def flush(self, *, cut_off: bool = False) -> Iterator[Word]:
-        """Yield what is left when no more tokens come.
+        """Yield what is left when no more tokens come; also what was typed, where the words that held it were left out.
 
         Args:
             cut_off: the last word was not finished; it is left out, but not where it is all that there is.
@@ -198,6 +198,9 @@ class WordWriter:
         self._close()
         words, self._words = self._words, []
         yield from words
+        num_left = self._num_typed - sum(len(word.text) for word in words)
+        if num_left > 0:
+            yield Word(self._typed[-num_left:], 0.0, 0)  # it is certain
 
     def _decode(self, token: int) -> str:
         text = self._stream.push(token)

@@ -105,6 +105,11 @@ class Prompt:
         """The text of what was begun."""
         return self.begun.decode("utf-8", "replace")
 
+    @property
+    def before(self) -> str:
+        """The text before what was begun."""
+        return self.prompt[: len(self.prompt) - len(self.typed)]
+
 
 @dataclass(frozen=True)
 class Text:
@@ -216,10 +221,9 @@ class Writer:
         given = self.split(prompt)
         prompt, typed, context = given.prompt, given.typed, given.context
         starts = self._starts(given)
-        before = prompt[: len(prompt) - len(typed)]
 
         def make() -> WordWriter:
-            return WordWriter(self._tokenizer, self._ending, before, typed, self._may_end)
+            return WordWriter(self._tokenizer, self._ending, given.before, typed, self._may_end)
 
         if beams is not None:
             texts = self._search(beams, prompt, typed, context, starts, num, make)
@@ -243,8 +247,6 @@ class Writer:
             # It was the limit that ended the text, inside a word as far as anyone can tell: words come out whole.
             for word in writer.flush(cut_off=True):
                 take(row, word)
-            for word in _left_of(typed, words[row]):
-                take(row, word)
         return [Text(prompt, typed, tuple(row)) for row in words]
 
     def prompt_words(self, prompt: str) -> list[Word]:
@@ -252,7 +254,7 @@ class Writer:
         given = self.split(prompt)
         scored = [(step.id, step.logprob) for step in score_prompt(self._engine, given.context)]
         words = group_words(self._tokenizer, scored)
-        before = given.prompt.removesuffix(given.typed)
+        before = given.before
         if not self._tokenizer.is_lossless and words and before[-1:].isspace() and not before.endswith("\n"):
             words.append(Word(" ", 0.0, 0))  # no token of a closed vocabulary holds it
         return words
@@ -347,7 +349,6 @@ class Writer:
             words = [word for token, logprob in pairs for word in writer.push(token, logprob)]
             # One that ended before a token, which it does not hold, has a log-probability more than ids.
             words += writer.flush(cut_off=len(hypothesis.logprobs) == len(hypothesis.ids))
-            words += _left_of(typed, words)
             text = Text(prompt, typed, tuple(words), hypothesis.score)
             if self._holds_required(words):
                 texts.setdefault(text.text, text)
@@ -370,12 +371,6 @@ class Writer:
             raise UlimiError(f"the required word {word!r} is not in the model's closed vocabulary")
         inside = tuple(self._tokenizer.encode(f" {word}")) if self._tokenizer.is_lossless else at_start
         return Required(inside, at_start)
-
-
-def _left_of(typed: str, words: Sequence[Word]) -> list[Word]:
-    """Give what was typed and is not in the words, since those that hold it were left out: it is certain."""
-    left = typed[sum(len(word.text) for word in words) :]
-    return [Word(left, 0.0, 0)] if left else []
 
 
 def _after_start(rule: Rule) -> Rule:
