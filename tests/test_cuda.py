@@ -168,7 +168,7 @@ def trainer(corpus, run_dir, *overrides, precision="fp32", graphs=True, teacher=
 
 
 @gpu
-@pytest.mark.parametrize("overrides", [(), ("optim.kind=nt-asgd",)])
+@pytest.mark.parametrize("overrides", [(), ("optim.kind=nt-asgd",), ("optim.dropout_warmup_epochs=1",)])
 def test_graphs_take_the_steps_that_are_taken_without(corpus, tmp_path, overrides):
     curves = []
     for graphs in (True, False):

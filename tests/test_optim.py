@@ -85,14 +85,16 @@ def test_sgd_takes_the_references_steps(tied, kind, max_grad_norm):
 
 
 @tied_or_not
-def test_adamw_takes_the_references_steps(tied):
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95)], ids=["momentum", "none"])
+def test_adamw_takes_the_references_steps(tied, betas):
     model = make_model(tied)
-    optimizer = make_optimizer(model, optim_recipe("adamw", lr=0.02, weight_decay=0.1))
+    recipe = optim_recipe("adamw", lr=0.02, weight_decay=0.1, beta1=betas[0], beta2=betas[1])
+    optimizer = make_optimizer(model, recipe)
     expected, state = weights_of(model), None
     for step in range(5):
         grads = backward(model, make_batch(step))
         optimizer.step()
-        expected, state = reference.adamw_step(expected, grads, state, 0.02, weight_decay=0.1)
+        expected, state = reference.adamw_step(expected, grads, state, 0.02, betas, weight_decay=0.1)
         after = weights_of(model)
         for name in expected:
             close(after[name], expected[name], 1e-11)
@@ -452,7 +454,7 @@ def test_the_loop_takes_the_references_steps(corpus, tmp_path, tied, kind):
             lr = (0.1 if epoch >= 1 else 1.0) * recipe.optim.lr * inputs.shape[1] / 10
             if kind == "adamw":
                 lr *= (1 + math.cos(math.pi * tokens / (3 * tokens_per_epoch))) / 2 * min(1.0, (step + 1) / 3)
-                theta, adam = reference.adamw_step(theta, clipped, adam, lr, weight_decay=0.01)
+                theta, adam = reference.adamw_step(theta, clipped, adam, lr, (0.0, 0.999), weight_decay=0.01)
             else:
                 theta = reference.sgd_step(theta, grads, lr, weight_decay=0.01, max_grad_norm=0.2)
             assert rates[step] == pytest.approx(lr, rel=1e-12)

@@ -189,6 +189,7 @@ def test_explain_is_a_recipe_with_every_setting_documented(tmp_path, name):
     ("tokenizer.vocab_size=200", ["tokenizer.vocab_size = 200", "256 bytes"]),
     ("tokenizer.vocab_size=0", ["tokenizer.vocab_size = 0", "256 bytes"]),
     ("optim.average_at_start=true", ["optim.average_at_start needs optim.kind = 'nt-asgd'", "'adamw'"]),
+    ("optim.beta1=1", ["optim.beta1 = 1", "less than 1"]),
     ("optim.average_share=1.5", ["optim.average_share = 1.5", "less than or equal to 1"]),
     ("optim.lr", ["'optim.lr' is not a setting", "section.key=value"]),
     ("lr=3", ["'lr=3' is not a setting"]),

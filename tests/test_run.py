@@ -157,12 +157,13 @@ def test_a_folder_is_not_written_over(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_from_before_there_were_averages_had_none(run_dir):
+@pytest.mark.parametrize(("key", "now", "then"), [("average_share", 0.2, 0.0), ("beta1", 0.0, 0.9)])
+def test_a_run_from_before_a_setting_was_trained_as_was_usual_then(run_dir, key, now, then):
     recipe = (run_dir / "recipe.toml").read_text()
-    assert "average_share = 0.2\n" in recipe
-    assert open_run(run_dir).recipe["optim"]["average_share"] == 0.2
-    (run_dir / "recipe.toml").write_text(recipe.replace("average_share = 0.2\n", ""))
-    assert open_run(run_dir).recipe["optim"]["average_share"] == 0.0
+    assert f"{key} = {now}\n" in recipe
+    assert open_run(run_dir).recipe["optim"][key] == now
+    (run_dir / "recipe.toml").write_text(recipe.replace(f"{key} = {now}\n", ""))
+    assert open_run(run_dir).recipe["optim"][key] == then
 
 
 def test_an_atomic_write_is_there_whole_or_not_at_all(tmp_path):

@@ -27,6 +27,7 @@ KINDS = {
     "nt-asgd": ("optim.kind=nt-asgd", "optim.lr=8", "optim.lr_drops=[1]", "optim.max_epochs=4"),
     "adamw": ("optim.kind=adamw", "optim.warmup_steps=40", "optim.max_epochs=3", "optim.average_share=0"),
     "averaged adamw": ("optim.kind=adamw", "optim.warmup_steps=40", "optim.max_epochs=3", "optim.average_share=0.3"),
+    "growing dropouts": ("optim.warmup_steps=40", "optim.max_epochs=3", "optim.dropout_warmup_epochs=2"),
 }
 
 
@@ -166,7 +167,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_uninterrupted_run(tmp_path, c
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     train(corpus, whole, tiny(*KINDS[kind]))
     ends = [row["step"] for row in open_run(whole).metrics()]
-    assert open_run(whole).metrics()[-1]["averaging"] is (kind in ("nt-asgd", "averaged adamw"))
+    assert open_run(whole).metrics()[-1]["averaging"] is (kind not in ("sgd", "adamw"))
     # In the middle of an epoch, at the last step of one, at the first step of one, twice in the (averaged) last one,
     # and at the very last step, when all that is left is to validate.
     stops = [13, ends[0], ends[0] + 1, ends[-2] + 6, ends[-2] + 17, ends[-1]]
@@ -389,6 +390,34 @@ def test_the_weights_kept_are_those_of_the_lowest_validation_loss(tmp_path, corp
     assert_equal_weights(load_file(tmp_path / WEIGHTS), seen[3])
     assert open_run(tmp_path).meta["training"]["best_epoch"] == 4
     assert not torch.equal(seen[3]["lm_head.bias"], seen[4]["lm_head.bias"])
+
+
+def test_dropouts_grow_from_none_to_what_the_recipe_says(tmp_path, corpus):
+    names = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout")
+    overrides = [
+        f"model.{name}={p}" for name, p in zip((*names, "weight_dropout"), (0.1, 0.2, 0.3, 0.4, 0.5), strict=True)
+    ]
+    seen = []
+
+    class Keeper(Recorder):
+        def epoch(self, row):
+            super().epoch(row)
+            model = trainer.model
+            seen.append([*(getattr(model, name) for name in names), *{layer.weight_dropout for layer in model.layers}])
+
+    trainer = make_trainer(
+        corpus, tmp_path, *overrides, "optim.max_epochs=4", "optim.dropout_warmup_epochs=2", reporter=Keeper()
+    )
+    trainer.run(5.0, False, bool)
+    full = [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert seen == [[0.0] * 5, [p / 2 for p in full], full, full]
+    assert open_run(tmp_path).config["input_dropout"] == 0.2
+
+
+def test_the_first_epoch_of_growing_dropouts_is_one_without_any(tmp_path, corpus):
+    train(corpus, tmp_path / "growing", tiny("optim.dropout_warmup_epochs=1", "optim.max_epochs=1"))
+    train(corpus, tmp_path / "without", tiny(*NO_DROPOUT, "optim.max_epochs=1"))
+    assert_equal_weights(load_file(tmp_path / "growing" / WEIGHTS), load_file(tmp_path / "without" / WEIGHTS))
 
 
 @pytest.mark.usefixtures("trigger_after_two_epochs")

@@ -200,6 +200,11 @@ class AWDLSTM(nn.Module):
         self.input_dropout = input_dropout
         self.hidden_dropout = hidden_dropout
         self.output_dropout = output_dropout
+        self._full_dropouts = {
+            "embedding_dropout": embedding_dropout, "input_dropout": input_dropout, "hidden_dropout": hidden_dropout,
+            "output_dropout": output_dropout,
+        }  # fmt: skip
+        self._full_weight_dropout = weight_dropout
         last_size = embedding_size if tie_weights else hidden_size
         widths = [embedding_size, *[hidden_size] * (num_layers - 1), last_size]
         # PyTorch's modules fill themselves from the global random state; what they draw is overwritten below.
@@ -227,6 +232,13 @@ class AWDLSTM(nn.Module):
     def layers(self) -> list[WeightDropLSTM]:
         """The layers, first to last."""
         return list(self.model.layers)  # type: ignore[arg-type]
+
+    def scale_dropouts(self, share: float) -> None:
+        """Use this share, 0 to 1, of each dropout that the model was made with."""
+        for name, p in self._full_dropouts.items():
+            setattr(self, name, p * share)
+        for layer in self.layers:
+            layer.weight_dropout = self._full_weight_dropout * share
 
     def initial_state(self, batch_size: int) -> State:
         """Zeros for `batch_size` streams."""

@@ -21,7 +21,9 @@ from ulimi.recipe import OptimRecipe
 def make_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.Optimizer:
     """Make the optimizer over all of the model's parameters, tied ones once."""
     if recipe.kind == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        return torch.optim.AdamW(
+            model.parameters(), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay
+        )
     return torch.optim.SGD(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 

@@ -27,7 +27,7 @@ OPTIM_DEFAULTS: dict[str, dict[str, Any]] = {
     "nt-asgd": {"lr": 30.0, "weight_decay": 1.2e-6, "max_grad_norm": 0.25, "max_epochs": 500},
     "adamw": {
         "lr": 5e-3, "weight_decay": 0.01, "max_grad_norm": 1.0, "max_epochs": 20, "final_lr_ratio": 1.0,
-        "average_share": 0.2,
+        "average_share": 0.2, "beta1": 0.0,
     },
 }  # fmt: skip
 """Each optimizer has its own scale of learning rate: 30 makes AdamW diverge, 5e-3 makes SGD stand still."""
@@ -124,8 +124,14 @@ class OptimRecipe(_Section):
     """sgd, adamw: keep the mean of the weights over about this last share of the steps; 0, sgd's default: no mean"""
     average_at_start: bool = False
     """nt-asgd as finetuning: average from the first step, and let the trigger end the run"""
+    dropout_warmup_epochs: int = Field(0, ge=0)
+    """let all dropouts grow in even steps from none in the first epoch to their full size after this many; 0: full"""
     lr_drops: tuple[Annotated[int, Field(ge=1)], ...] = Field((), strict=False)
     """divide lr by 10 at the end of these epochs, counted from 1 [when]"""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """adamw: how much of the gradients' running mean (the momentum) stays at each step; 0, the default: no momentum"""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """adamw: likewise of their squares"""
     warmup_steps: int = Field(200, ge=0)
     """adamw: steps of linear warm-up"""
     final_lr_ratio: float = Field(0.0, ge=0, le=1)

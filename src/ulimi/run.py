@@ -47,6 +47,9 @@ MEMBERS = Path("members")
 AWD_LSTM, NGRAM, MIXTURE = "awd_lstm", "ngram", "mixture"
 """the model types of config.json"""
 
+OPTIM_BEFORE = {"average_share": 0.0, "beta1": 0.9}
+"""what runs were trained with when their recipes did not say it, where the default is another one by now"""
+
 MODELS = Path(__file__).with_name("models")
 """a folder a model that ships with the package"""
 
@@ -126,8 +129,9 @@ class Run:
         except (OSError, ValueError) as error:  # ValueError: not TOML, or not UTF-8
             raise UlimiError(f"{path}: cannot be read: {error}") from None
         if isinstance(settings.get("optim"), dict):
-            # Runs from before there was this setting were trained without what is its default now.
-            settings["optim"].setdefault("average_share", 0.0)
+            # Runs from before there were these settings were trained without what is their default now.
+            for key, value in OPTIM_BEFORE.items():
+                settings["optim"].setdefault(key, value)
         return settings
 
     @property

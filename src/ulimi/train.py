@@ -264,10 +264,11 @@ class Trainer:
         self.taught: dict[int, tuple[Tensor, Tensor]] = {}
         """what the teacher says of the present window, for each length that has come"""
         self.state: State = self.model.initial_state(recipe.data.batch_size)
+        self.dropout_share = 1.0
         self.take_gradients: Step = self.gradients
         # The entmax loss looks at values to know when it is done, which a graph cannot.
         if has_cudnn(self.device) and recipe.loss.kind == "cross_entropy":
-            self.take_gradients = GraphedStep(self.gradients, list(self.model.parameters()), self.rng)
+            self.take_gradients = self._graphed_step()
         self.progress = Progress(data_digest=self._data_digest(), device=self.device.type)
         self.best: dict[str, Tensor] | None = None
         """best weights that are not written yet"""
@@ -352,9 +353,29 @@ class Trainer:
         patience_over = optim.patience > 0 and p.epoch - p.best_epoch >= optim.patience
         return p.finished or p.epoch >= optim.max_epochs or (p.epoch > 0 and patience_over)
 
+    def _graphed_step(self) -> GraphedStep:
+        return GraphedStep(self.gradients, list(self.model.parameters()), self.rng)
+
+    def _set_dropouts(self) -> None:
+        """Give the dropouts the share that is theirs in this epoch (curriculum dropout).
+
+        An evenly growing dropout is due to Morerio et al. 2017 (arXiv 1703.06229); of language models, O'Neill &
+        Bollegala 2018 (arXiv 1811.00998).
+        """
+        epochs = self.recipe.optim.dropout_warmup_epochs
+        share = min(1.0, self.progress.epoch / epochs) if epochs else 1.0
+        if share == self.dropout_share:
+            return
+        self.dropout_share = share
+        self.model.scale_dropouts(share)
+        if isinstance(self.take_gradients, GraphedStep):
+            # A graph keeps the dropouts that it was recorded with.
+            self.take_gradients = self._graphed_step()
+
     def _epoch(self, checkpoint_minutes: float, should_stop: Callable[[], bool]) -> None:
         """Train on the windows from the present position to the end of the streams."""
         data, optim, p = self.recipe.data, self.recipe.optim, self.progress
+        self._set_dropouts()
         tokens_per_epoch = self.streams_BS.shape[0] * (self.streams_BS.shape[1] - 1)
         windows = Windows(
             self.streams_BS, bptt=data.bptt, variable_length=data.variable_length, rng=self.window_rng,
