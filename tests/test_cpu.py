@@ -1,6 +1,7 @@
 """The CPU's LSTM layer and loss beside `nn.LSTM` and `F.cross_entropy`; with a compiler, without, with a broken one."""
 
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -558,3 +559,25 @@ def test_no_compiler_and_no_cache_are_silently_done_without(tmp_path, right_numb
 def test_the_source_is_in_the_package():
     assert Path(cpu.SOURCE).name == "cpu.c"
     assert cpu.SOURCE.is_file()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept_for_the_next_who_asks():
+    script = """
+import resource, sys, torch
+from ulimi.cpu import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counts = []
+for _ in range(40):
+    torch.ones(2**24)  # 64 MB: more than glibc would ever keep by itself
+    counts.append(pages())
+print(counts[-1] - counts[-11])
+"""
+    faults = {}
+    for way in ("kept", "given back"):
+        done = subprocess.run([sys.executable, "-c", script, way], capture_output=True, text=True, check=True)
+        faults[way] = int(done.stdout)
+    assert faults["given back"] > 1000
+    assert faults["kept"] < 100

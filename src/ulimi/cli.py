@@ -167,6 +167,7 @@ def train(
     import torch
 
     from ulimi.corpus import open_corpus
+    from ulimi.cpu import keep_freed_memory
     from ulimi.progress import TrainingProgress
     from ulimi.recipe import build_recipe, load_recipe
     from ulimi.run import open_run
@@ -207,6 +208,7 @@ def train(
             chosen = build_recipe(source.recipe, ["optim.average_at_start=true", *overrides], source=name)
     else:
         chosen = load_recipe(None, overrides)
+    keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
 
@@ -374,7 +376,9 @@ def evaluate(
         run.networks("--dynamic" if dynamic else "--cache")  # whoever has none needs no PyTorch either
         _need_extra("train")
         from ulimi.adapt import Cache, Dynamic
+        from ulimi.cpu import keep_freed_memory
 
+        keep_freed_memory()
         scorer = _adaptive_scorer(
             run, device, stats_from,
             Cache(**cache_settings) if cache else None,

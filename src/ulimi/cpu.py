@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,8 @@ SOURCE = Path(__file__).with_suffix(".c")
 COMPILE = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 FURTHER = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp-simd",), ())
 """what not every compiler knows, best first"""
+MALLOC_OPTIONS = ((-4, 0), (-1, -1), (-2, 64 * 2**20))
+"""M_MMAP_MAX: no block has its own mapping; M_TRIM_THRESHOLD: nothing is given back; M_TOP_PAD: much is asked for"""
 ROWS_WORTH_A_THREAD = 8
 
 # Products
@@ -112,6 +115,16 @@ def has_bfloat16() -> bool:
 def in_bfloat16() -> bool:
     """Tell whether products of a CPU are to be those of bfloat16 here, by autocast."""
     return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed for the next who asks; give whether it can (glibc).
+
+    A training step frees and takes the same hundred large blocks again and again, whose pages the system would clear
+    each time. It holds for the whole process: for a command to call, not for a function of a library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and all(mallopt(option, value) for option, value in MALLOC_OPTIONS)
 
 
 # Kernels

@@ -629,7 +629,7 @@ class Trainer:
         if num_iterates is None and self.average is not None:
             raise UlimiError(f"{path} was written by another ulimi, which alone can resume it: it holds no average")
         if num_iterates is not None:
-            self.average = self._new_average()
+            self.average = self.average or self._new_average()
             self.average.num_iterates = num_iterates
             for name, tensor in self.average.weights.items():
                 tensor.copy_(tensors[f"average.{name}"])
