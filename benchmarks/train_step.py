@@ -10,6 +10,8 @@ any of PyTorch's libraries makes on this machine, of bfloat16 for those in bf16;
 operations a parameter and token. Peak memory is that of a process that does three steps, above what it held with the
 model made.
 
+With --keep-memory, the C library keeps freed memory for all of them, as it does in `ulimi train`.
+
 Plain: the same sizes by `nn.LSTM` and `F.cross_entropy`, without any dropout, AR or TAR.
 """
 
@@ -238,11 +240,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--contenders", nargs="+", choices=MAKE, default=list(MAKE))
+    parser.add_argument("--keep-memory", action="store_true", help="set the C library as `ulimi train` sets it")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.keep_memory and not cpu.keep_freed_memory():
+        parser.error("--keep-memory needs glibc")
     if args.memory_of:
         print(peak_memory(SHAPES[args.shapes[0]], args.memory_of))
         return
@@ -254,6 +259,7 @@ def main() -> None:
         results[name] = measure(SHAPES[name], args.contenders, args.rounds)
         for contender, row in results[name].items():
             command = [sys.executable, __file__, "--threads", str(args.threads), "--shapes", name]
+            command += ["--keep-memory"] * args.keep_memory
             done = subprocess.run([*command, "--memory-of", contender], capture_output=True, text=True, check=True)
             row["peak_mb"] = float(done.stdout)
             rate, share, limit = row["tokens_per_s"], row["share_of_limit"], row["limit_gflops"]
