@@ -174,12 +174,16 @@ def test_explain_is_a_recipe_with_every_setting_documented(tmp_path, name):
     ("optim.lr=[1]", ["optim.lr = [1]", "number"]),
     ("optim.lr=nan", ["optim.lr = nan", "finite"]),
     ("optim.lr=inf", ["optim.lr = inf", "finite"]),
+    ("optim.lr=1e300", ["optim.lr = 1e+300", "less than or equal to 1000000"]),
+    ("optim.weight_decay=1e300", ["optim.weight_decay = 1e+300", "less than or equal to 1000000"]),
     ("optim.lr=0", ["optim.lr = 0", "greater than 0"]),
     ("optim.max_epochs=0", ["optim.max_epochs = 0", "greater than or equal to 1"]),
     ("optim.kind=adam", ["optim.kind = 'adam'", "'adamw'"]),
     ("optim.lr_drops=[0]", ["optim.lr_drops.0 = 0", "greater than or equal to 1"]),
     ("optim.lr_drops=3", ["optim.lr_drops = 3"]),
     ("model.hidden_size=12.5", ["model.hidden_size = 12.5", "integer"]),
+    (f"model.hidden_size={10**21}", [f"model.hidden_size = {10**21}", "less than or equal to 1000000"]),
+    (f"model.embedding_size={10**21}", ["model.embedding_size = ", "less than or equal to 1000000"]),
     ("model.num_layers=0", ["model.num_layers = 0"]),
     ("model.weight_dropout=1", ["model.weight_dropout = 1", "less than 1"]),
     ("model.weight_dropout=-0.1", ["model.weight_dropout = -0.1"]),
@@ -225,6 +229,12 @@ def test_a_file_that_is_not_utf8_is_one_line(tmp_path):
     path = tmp_path / "latin1.toml"
     path.write_bytes(b"[optim]\nlr = 3 # \xe9\n")
     assert "not valid TOML" in refusal(recipe=str(path))
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path):
+    path = tmp_path / "windows.toml"
+    path.write_bytes(b"\xef\xbb\xbf[optim]\r\nlr = 3\r\n")
+    assert load_recipe(str(path)).optim.lr == 3
 
 
 @pytest.mark.parametrize("name", ["isizulu-cpi", "", "no/such/file.toml", "."])

@@ -282,6 +282,8 @@ def test_stream_of_words_waits_for_none():
         (LINES, {"kind": "unigram", "vocab_size": 257}, "vocab_size is 257; .*at least 258"),
         (LINES, {"kind": "char", "vocab_size": 256}, "vocab_size is 256; .*at least 257"),
         (LINES, {"kind": "word", "vocab_size": 2}, "vocab_size is 2; .*at least 3"),
+        (LINES, {"vocab_size": 10**10}, "vocab_size is 10000000000; allowed: at most 10,000,000"),
+        (LINES, {"kind": "word", "min_frequency": 10**22}, "min_frequency is 1.*; allowed: 1 to 10,000,000"),
         (LINES, {"kind": "word", "min_frequency": 0}, "min_frequency is 0"),
         (LINES, {"kind": "word", "min_frequency": 99}, "min_frequency is 99"),
         (LINES, {"kind": "unigram", "vocab_size": 300, "min_frequency": 2}, "min_frequency is 2"),

@@ -158,7 +158,7 @@ def train(
     precision: Annotated[
         str, typer.Option(help="Of products: fp32, bf16, on a GPU also tf32, fp16; auto: bf16 where the device has it.")
     ] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 = all cores.")] = 0,
     checkpoint_minutes: Annotated[float, typer.Option(min=0.0, help="Time between checkpoints in an epoch.")] = 5.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
 ) -> None:
@@ -330,7 +330,7 @@ def evaluate(
         bool, typer.Option("--distribution", help="Epsilon-perplexity, sparsemax score, JS divergence, instead.")
     ] = False,
     epsilon: Annotated[
-        float | None, typer.Option(min=0.0, help="--distribution: added to probabilities (1e-5).")
+        float | None, typer.Option(min=0.0, max=1.0, help="--distribution: added to probabilities (1e-5).")
     ] = None,
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",

@@ -66,9 +66,9 @@ class DataRecipe(_Section):
 class ModelRecipe(_Section):
     """The AWD-LSTM; these are the keyword arguments of `ulimi.model.AWDLSTM`."""
 
-    embedding_size: int = Field(256, ge=1)
+    embedding_size: int = Field(256, ge=1, le=1_000_000)
     """E; a tied last layer is as wide: then it is best not far below H, unless there are many tokens [emsize]"""
-    hidden_size: int = Field(512, ge=1)
+    hidden_size: int = Field(512, ge=1, le=1_000_000)
     """H, of every layer but a tied last one [nhid]"""
     num_layers: int = Field(2, ge=1)
     """[nlayers]"""
@@ -106,11 +106,11 @@ class OptimRecipe(_Section):
 
     kind: Literal["sgd", "nt-asgd", "adamw"] = "adamw"
     """plain SGD; SGD, then its average by the non-monotonic trigger (sec. 3); AdamW after a warm-up"""
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1e6)
     """learning rate of a window of bptt tokens; by default 30 for sgd and nt-asgd, 5e-3 for adamw [lr]"""
     rescale_lr: bool = True
     """lr x (length of the window) / bptt (sec. 4.1)"""
-    weight_decay: float = Field(ge=0)
+    weight_decay: float = Field(ge=0, le=1e6)
     """sgd, nt-asgd: L2 in the gradient, 1.2e-6; adamw: decoupled, 0.01 [wdecay]"""
     max_grad_norm: float = Field(gt=0)
     """clip the global gradient norm at this; 0.25, adamw 1.0 [clip]"""
@@ -251,7 +251,7 @@ def _read_settings(name_or_path: str) -> Mapping[str, Any]:
         hint = nearest(name_or_path, recipe_names())
         raise UlimiError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(recipe_names())}{hint}")
     try:
-        return tomllib.loads(content.decode())
+        return tomllib.loads(content.decode("utf-8-sig"))  # editors on Windows begin a file with a byte order mark
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
         raise UlimiError(f"{name_or_path}: not valid TOML: {error}") from None
 

@@ -51,6 +51,7 @@ _MIN_VOCAB_MEANS = {
 # Where a piece of PATTERN surely begins, whatever stands further away or is written after it.
 _SURE_CUT = re.compile(r"(?<=\S)(?= )|(?<=[A-Za-z])(?=[!-@])|(?<=[!-@])(?=[A-Za-z])")
 _TAIL_CHARS = 256
+_MAX_SIZE = 10_000_000  # the trainers set memory aside for so many tokens at once, and abort where there is none
 _MODELS = {"bpe": "BPE", "unigram": "Unigram", "word": "WordLevel", "char": "BPE"}
 _BATCH_LINES = 4096  # a backend's Encoding is many times the size of its ids; hold few at once
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(NUM_BYTES)}
@@ -354,8 +355,10 @@ def _check_sizes(kind: str, vocab_size: int | None, min_frequency: int) -> None:
             raise UlimiError(f"vocab_size is not given; kind {kind!r} needs {needed}")
     elif vocab_size < _MIN_VOCAB_SIZE[kind]:
         raise UlimiError(f"vocab_size is {vocab_size}; kind {kind!r} needs {needed}")
-    if min_frequency < 1:
-        raise UlimiError(f"min_frequency is {min_frequency}; allowed: 1 or more")
+    elif vocab_size > _MAX_SIZE:
+        raise UlimiError(f"vocab_size is {vocab_size}; allowed: at most {_MAX_SIZE:,}")
+    if not 1 <= min_frequency <= _MAX_SIZE:
+        raise UlimiError(f"min_frequency is {min_frequency}; allowed: 1 to {_MAX_SIZE:,}")
     if kind == "unigram" and min_frequency != 1:
         raise UlimiError(f"min_frequency is {min_frequency}; kind 'unigram' has none, leave it at 1")
 
