@@ -66,9 +66,9 @@ class DataRecipe(_Section):
 class ModelRecipe(_Section):
     """The AWD-LSTM; these are the keyword arguments of `ulimi.model.AWDLSTM`."""
 
-    embedding_size: int = Field(256, ge=1, le=1_000_000)
+    embedding_size: int = Field(256, ge=1, le=100_000_000)
     """E; a tied last layer is as wide: then it is best not far below H, unless there are many tokens [emsize]"""
-    hidden_size: int = Field(512, ge=1, le=1_000_000)
+    hidden_size: int = Field(512, ge=1, le=100_000_000)
     """H, of every layer but a tied last one [nhid]"""
     num_layers: int = Field(2, ge=1)
     """[nlayers]"""
@@ -106,7 +106,7 @@ class OptimRecipe(_Section):
 
     kind: Literal["sgd", "nt-asgd", "adamw"] = "adamw"
     """plain SGD; SGD, then its average by the non-monotonic trigger (sec. 3); AdamW after a warm-up"""
-    lr: float = Field(gt=0, le=1e6)
+    lr: float = Field(gt=0, le=1e9)
     """learning rate of a window of bptt tokens; by default 30 for sgd and nt-asgd, 5e-3 for adamw [lr]"""
     rescale_lr: bool = True
     """lr x (length of the window) / bptt (sec. 4.1)"""
