@@ -297,6 +297,8 @@ def test_judge_refuses_what_it_cannot_do(refused, tiny_run, tmp_path):
     )
     assert "one model" in refused("judge", "-m", tiny_run.dir, "--hf", tmp_path)
     assert "--num" in refused("judge", "-m", tiny_run.dir, "--num", "0")
+    for option in ("--num", "--seed"):
+        assert f"{option} 4 chooses among ulimi's own" in refused("judge", "--pairs", "pairs.tsv", option, "4")
     assert "no such" in refused("judge", "-m", tiny_run.dir, "--pairs", tmp_path / "none.tsv").lower()
     own = tmp_path / "own.tsv"
     own.write_text("x\ta\tb\n")

@@ -570,8 +570,8 @@ def judge(
         Path | None, typer.Option(metavar="DIR", help="Instead: a Hugging Face causal model's local folder.")
     ] = None,
     phenomenon: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="Pairs a phenomenon.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pairs.")] = 0,
+    num: Annotated[int | None, typer.Option(min=1, help="Pairs a phenomenon (200).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same pairs (0).")] = None,
     pairs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Your own pairs: phenomenon, good, bad, tabs between.")
     ] = None,
@@ -601,8 +601,13 @@ def judge(
     if pairs is None:
         for name in chosen:
             grammar.check_phenomenon(name)
-        asked = [pair for name in chosen or grammar.phenomena() for pair in grammar.pairs(name, num, seed)]
+        asked = [pair for name in chosen or grammar.phenomena() for pair in grammar.pairs(name, num or 200, seed or 0)]
     else:
+        for option, value in (("--num", num), ("--seed", seed)):
+            if value is not None:
+                raise UlimiError(
+                    f"{option} {value} chooses among ulimi's own pairs; all of {pairs} are asked: leave it out"
+                )
         asked = read_pairs(pairs)
         known = dict.fromkeys(pair.phenomenon for pair in asked)
         if absent := [name for name in chosen if name not in known]:
