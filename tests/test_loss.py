@@ -156,7 +156,7 @@ def test_logits_that_are_not_finite_are_not_worked_on_for_ever():
 @pytest.fixture(scope="module")
 def sparse_run(tmp_path_factory, corpus_dir):
     run_dir = tmp_path_factory.mktemp("runs") / "sparse"
-    settings = [*TINY, "loss.kind=entmax", "loss.alpha=1.5", "optim.max_epochs=4", "optim.lr=10"]
+    settings = [*TINY, "loss.kind=entmax", "loss.alpha=1.5", "optim.max_epochs=4", "optim.lr=0.3"]
     train(open_corpus(corpus_dir, run_dir / "corpus"), run_dir, load_recipe(None, settings))
     return open_run(run_dir)
 
