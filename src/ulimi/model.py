@@ -196,21 +196,16 @@ class AWDLSTM(nn.Module):
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.embedding_dropout = embedding_dropout
-        self.input_dropout = input_dropout
-        self.hidden_dropout = hidden_dropout
-        self.output_dropout = output_dropout
-        self._full_dropouts = {
-            "embedding_dropout": embedding_dropout, "input_dropout": input_dropout, "hidden_dropout": hidden_dropout,
-            "output_dropout": output_dropout,
-        }  # fmt: skip
-        self._full_weight_dropout = weight_dropout
         last_size = embedding_size if tie_weights else hidden_size
         widths = [embedding_size, *[hidden_size] * (num_layers - 1), last_size]
         # PyTorch's modules fill themselves from the global random state; what they draw is overwritten below.
         with torch.random.fork_rng(devices=[]):
             self.model = _Backbone(vocab_size, embedding_size, list(pairwise(widths)), weight_dropout)
             self.lm_head = nn.Linear(last_size, vocab_size)
+        self.set_dropouts(
+            embedding_dropout=embedding_dropout, input_dropout=input_dropout, hidden_dropout=hidden_dropout,
+            output_dropout=output_dropout, weight_dropout=weight_dropout,
+        )  # fmt: skip
         if tie_weights:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.tie_weights = tie_weights
@@ -233,12 +228,22 @@ class AWDLSTM(nn.Module):
         """The layers, first to last."""
         return list(self.model.layers)  # type: ignore[arg-type]
 
-    def scale_dropouts(self, share: float) -> None:
-        """Use this share, 0 to 1, of each dropout that the model was made with."""
-        for name, p in self._full_dropouts.items():
-            setattr(self, name, p * share)
+    def set_dropouts(
+        self,
+        *,
+        embedding_dropout: float,
+        input_dropout: float,
+        hidden_dropout: float,
+        output_dropout: float,
+        weight_dropout: float,
+    ) -> None:
+        """Use these dropouts from now on."""
+        self.embedding_dropout = embedding_dropout
+        self.input_dropout = input_dropout
+        self.hidden_dropout = hidden_dropout
+        self.output_dropout = output_dropout
         for layer in self.layers:
-            layer.weight_dropout = self._full_weight_dropout * share
+            layer.weight_dropout = weight_dropout
 
     def initial_state(self, batch_size: int) -> State:
         """Zeros for `batch_size` streams."""

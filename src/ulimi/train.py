@@ -367,7 +367,8 @@ class Trainer:
         if share == self.dropout_share:
             return
         self.dropout_share = share
-        self.model.scale_dropouts(share)
+        full = {name: value for name, value in self.config.items() if name.endswith("_dropout")}
+        self.model.set_dropouts(**{name: p * share for name, p in full.items()})
         if isinstance(self.take_gradients, GraphedStep):
             # A graph keeps the dropouts that it was recorded with.
             self.take_gradients = self._graphed_step()
