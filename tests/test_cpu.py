@@ -372,13 +372,14 @@ def test_the_loss_in_bfloat16_and_its_gradients(library, is_taught, monkeypatch)
 def test_other_types_of_autocast_are_pytorchs_affair():
     hidden, weight, bias = draw(5, 8, seed=1), draw(9, 8, seed=2), draw(9, seed=3)
     targets = torch.arange(5)
+    assert cpu.own_precision() is False
     with torch.autocast("cpu", torch.float16):
-        assert not cpu.in_bfloat16()
+        assert cpu.own_precision() is None
         nats = training_loss(hidden, weight, bias, targets, "cross_entropy", 1.5)
         expected = F.cross_entropy(F.linear(hidden, weight, bias), targets)
     assert torch.equal(nats, expected)
     with torch.autocast("cpu", torch.bfloat16):
-        assert cpu.in_bfloat16()
+        assert cpu.own_precision() is True
         nats = training_loss(hidden.bfloat16(), weight, bias, targets, "cross_entropy", 1.5)
     assert nats.item() == pytest.approx(expected.item(), rel=0.02)
 

@@ -112,9 +112,14 @@ def has_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in known) and _has_onednn(half=True)
 
 
-def in_bfloat16() -> bool:
-    """Tell whether products of a CPU are to be those of bfloat16 here, by autocast."""
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+def own_precision() -> bool | None:
+    """Tell how our own passes are to multiply here: in bfloat16 (True), in float32 (False), or not at all (None).
+
+    None: autocast to another type, which is for PyTorch's operators to heed.
+    """
+    if not torch.is_autocast_enabled("cpu"):
+        return False
+    return True if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
 
 
 def keep_freed_memory() -> bool:

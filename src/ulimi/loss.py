@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ulimi.cpu import in_bfloat16, product, rounded
+from ulimi.cpu import own_precision, product, rounded
 from ulimi.data import IGNORED
 from ulimi.distribution import EPSILON, ITERATIONS
 
@@ -48,8 +48,8 @@ def training_loss(
         ids_NK, parts_NK = taught
         rest_N1 = (1 - parts_NK.sum(dim=1, keepdim=True)).clamp_(min=0)  # parts are rounded, perhaps upwards
         taught = torch.cat([ids_NK, targets_N[:, None]], dim=1), torch.cat([parts_NK, rest_N1], dim=1)
-    half = torch.is_autocast_enabled(hidden_NE.device.type)
-    is_known = not half or (in_bfloat16() and hidden_NE.dtype == torch.float32)
+    half = own_precision()
+    is_known = half is False or (half is True and hidden_NE.dtype == torch.float32)
     # On a GPU memory is no concern and each further kernel is.
     if kind == "cross_entropy" and not hidden_NE.is_cuda and is_known:
         wanted = taught or (targets_N[:, None], torch.ones_like(targets_N[:, None]))
@@ -62,7 +62,7 @@ def training_loss(
             return F.cross_entropy(logits_NV, targets_N)
         wanted_NV = torch.zeros_like(logits_NV, dtype=torch.float32).scatter_add_(1, *taught)
         return F.cross_entropy(logits_NV.float(), wanted_NV)
-    if half:
+    if logits_NV.dtype in (torch.bfloat16, torch.float16):
         logits_NV = logits_NV.float()  # a threshold wants more digits
     loss = _EntmaxLoss.apply(logits_NV, targets_N, alpha)  # type: ignore[no-untyped-call]
     return loss

@@ -143,9 +143,8 @@ class WeightDropLSTM(nn.Module):
             mask_hh = dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
         if cuda.has_cudnn(x_BTI.device):
             return cuda.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)
-        half = cpu.in_bfloat16()
-        is_known = half or not torch.is_autocast_enabled("cpu")
-        if x_BTI.device.type == "cpu" and weight_hh.dtype == x_BTI.dtype == torch.float32 and is_known:
+        half = cpu.own_precision()
+        if x_BTI.device.type == "cpu" and weight_hh.dtype == x_BTI.dtype == torch.float32 and half is not None:
             with torch.autocast("cpu", enabled=False):
                 return cpu.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh, half)
         dropped_hh = weight_hh if mask_hh is None else weight_hh * mask_hh
