@@ -10,6 +10,7 @@ numpy does the arithmetic; torch appears in `value_and_gradient` alone, for auto
     [AdamW]    Loshchilov & Hutter 2017, Decoupled Weight Decay Regularization (arXiv 1711.05101)
     [KN]       Chen & Goodman 1999, An empirical study of smoothing techniques for language modeling
     [KenLM]    Heafield, Pouzyrevsky, Clark & Koehn 2013, Scalable Modified Kneser-Ney Language Model Estimation
+    [Mogrifier] Melis, Kočiský & Blunsom 2020, Mogrifier LSTM (arXiv 1909.01792)
     [EMA]      Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models (arXiv 2312.02696)
     [Clip]     Pascanu, Mikolov & Bengio 2012, On the difficulty of training Recurrent Neural Networks (arXiv 1211.5063)
 
@@ -116,6 +117,28 @@ def lstm_step(x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any
     c_new = f * c + i * g
     h_new = o * np.tanh(c_new)
     return h_new, c_new
+
+
+def mogrified_step(x: Any, h: Any, c: Any, rounds: Sequence[tuple[Any, Any]], *weights: Any) -> LayerState:
+    """Take one Mogrifier LSTM step ([Mogrifier] eq. 1 and 2, with matrices of low rank).
+
+        x^i = 2σ(Q^i h^(i-1)) ⊙ x^(i-2)   for odd i,      h^i = 2σ(R^i x^(i-1)) ⊙ h^(i-2)   for even i
+
+    Args:
+        x: input, (B, I).
+        h: previous output, (B, H).
+        c: previous cell, (B, H).
+        rounds: of each round the two factors of Q or R: (K, what it reads), (what it scales, K).
+        weights: of `lstm_step`.
+    """
+    x, h = f64(x), f64(h)
+    for number, (down, up) in enumerate(rounds, start=1):
+        matrix = f64(up) @ f64(down)
+        if number % 2 == 1:
+            x = 2 * sigmoid(h @ matrix.T) * x
+        else:
+            h = 2 * sigmoid(x @ matrix.T) * h
+    return lstm_step(x, h, c, *weights)
 
 
 def lstm_layer(

@@ -372,7 +372,8 @@ def _recur(
     return gates_TBG
 
 
-def _drop(weight_GH: Tensor, kept_GH: Tensor | None, scale: Tensor | None) -> Tensor:
+def drop(weight_GH: Tensor, kept_GH: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Give the recurrent matrix with its mask, kept and scaled, or as it is."""
     return weight_GH if kept_GH is None or scale is None else (weight_GH * kept_GH).mul_(scale)
 
 
@@ -388,7 +389,7 @@ class _LSTM(torch.autograd.Function):
         hidden_SBH, cell_SBH = (x_TBI.new_empty(len(x_TBI) + 1, *s.shape) for s in (h_BH, c_BH))  # S = T + 1
         hidden_SBH[0], cell_SBH[0] = h_BH, c_BH
         kept_GH, ctx.scale = (None, None) if mask_GH is None else (mask_GH != 0, mask_GH.amax())
-        times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale).t(), len(h_BH), half)
+        times_weight_hh = right_factor(drop(weight_hh_GH, kept_GH, ctx.scale).t(), len(h_BH), half)
         ctx.gates_TBG = _recur(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, times_weight_hh, bias_G, half)
         ctx.half = half
         ctx.save_for_backward(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G, kept_GH)
@@ -404,14 +405,14 @@ class _LSTM(torch.autograd.Function):
         x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, weight_hh_GH, bias_G, kept_GH = ctx.saved_tensors
         gates_TBG, ctx.gates_TBG, half = ctx.gates_TBG, None, ctx.half
         if gates_TBG is None:  # a second pass backward; the first has written over them
-            times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale).t(), x_TBI.size(1), half)
+            times_weight_hh = right_factor(drop(weight_hh_GH, kept_GH, ctx.scale).t(), x_TBI.size(1), half)
             gates_TBG = _recur(x_TBI, hidden_SBH.clone(), cell_SBH.clone(), weight_ih_GI, times_weight_hh, bias_G, half)
         zeros_BH = torch.zeros_like(cell_SBH[0])
         grads = [zeros_BH] * len(x_TBI) if grad_TBH is None else grad_TBH.contiguous().unbind()
         grad_h_BH = zeros_BH if grad_h_BH is None else grad_h_BH.contiguous()
         # What is changed in place must be nobody else's.
         grad_c_BH = (zeros_BH if grad_c_BH is None else grad_c_BH).clone(memory_format=torch.contiguous_format)
-        times_weight_hh = right_factor(_drop(weight_hh_GH, kept_GH, ctx.scale), x_TBI.size(1), half)
+        times_weight_hh = right_factor(drop(weight_hh_GH, kept_GH, ctx.scale), x_TBI.size(1), half)
         backward = kernels().backward
         gates, cell = gates_TBG.unbind(), cell_SBH.unbind()
         for t in reversed(range(len(x_TBI))):

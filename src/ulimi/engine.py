@@ -32,6 +32,8 @@ ENGINES = ("auto", "onnx", "torch")
 
 FIXED_SCALES = "fixed_scales"
 """in a graph's metadata: the last two units of each layer always say 1 and -1, see `ulimi.export.fix_scales`"""
+CONSTANT_SCALES = "constant_scales"
+"""in a graph's metadata: its scales are constants without such units, see `ulimi.mogrifier_graph`"""
 ENDS_H = (1.0, -1.0)
 """what those units say"""
 ENDS_C = (20.0, -20.0)
@@ -214,7 +216,8 @@ class OnnxEngine:
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.weights_sha256 = metadata.get("weights_sha256", "")
         # Without constant ends, the pads behind a row's own tokens have their part in the scale of its window, too.
-        self.batch_invariant = FIXED_SCALES in metadata
+        self._has_ends = FIXED_SCALES in metadata
+        self.batch_invariant = self._has_ends or CONSTANT_SCALES in metadata
         logits, *_ = self._session.get_outputs()
         self.vocab_size = int(logits.shape[-1])
         _, *states = self._session.get_inputs()
@@ -224,7 +227,7 @@ class OnnxEngine:
     def initial_state(self, batch_size: int) -> EngineState:
         """Zeros for `batch_size` streams, apart from the units that keep the scales."""
         state = [np.zeros((1, batch_size, size), dtype=np.float32) for size in self._sizes]
-        if self.batch_invariant:
+        if self._has_ends:
             for h, c in zip(state[::2], state[1::2], strict=True):
                 h[..., -2:], c[..., -2:] = ENDS_H, ENDS_C
         return state
@@ -282,7 +285,7 @@ class OnnxEngine:
     def output(self, state: EngineState) -> NDArray[np.float32]:
         """Give the last layer's output that led to this state, (B, E)."""
         output_BE: NDArray[np.float32] = state[-2][0]
-        return output_BE[:, :-2] if self.batch_invariant else output_BE
+        return output_BE[:, :-2] if self._has_ends else output_BE
 
     def _row_by_row(
         self, call: Callable[..., tuple[NDArray[np.float32], EngineState]], windows: Sequence[NDArray[np.int64]],

@@ -27,6 +27,7 @@ from ulimi.engine import FIXED_SCALES, OnnxEngine, TorchEngine, load_model
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_path
 from ulimi.model import AWDLSTM
+from ulimi.mogrifier_graph import IR_VERSION, OPSET, as_array, build_mogrifier_graph
 from ulimi.run import ONNX, Run
 from ulimi.score import score_stream
 
@@ -38,9 +39,6 @@ MAX_INT8_COST = 0.01
 
 TIED = "tied"
 """in a graph's metadata: embedding and decoder are one matrix"""
-
-OPSET = 17
-IR_VERSION = 9
 
 
 def export_onnx(run: Run, valid_text: EncodedText, *, exact_nats: float | None = None) -> dict[str, Any]:
@@ -70,7 +68,10 @@ def export_onnx(run: Run, valid_text: EncodedText, *, exact_nats: float | None =
                 f"no {ONNX}: ONNX Runtime differs from the network by {difference:.1e} nats a token, "
                 f"more than {MAX_DIFFERENCE:g}; the weights themselves are not concerned"
             )
-        write_int8(fp32, out)
+        if model.mogrifier_rounds:
+            onnx.save(build_mogrifier_graph(model, run.weights_sha256, int8=True), out)
+        else:
+            write_int8(fp32, out)
         if exact_nats is None:
             exact_nats = score_stream(TorchEngine(model, run.alpha), valid_text.ids, eos_id)
         exact = exact_nats * bits
@@ -104,6 +105,8 @@ def build_graph(model: AWDLSTM, weights_sha256: str) -> onnx.ModelProto:
         model: the network.
         weights_sha256: of model.safetensors; kept in the file, so that a graph of other weights is noticed.
     """
+    if model.mogrifier_rounds:
+        return build_mogrifier_graph(model, weights_sha256, int8=False)
     weights: list[onnx.TensorProto] = []
     nodes: list[onnx.NodeProto] = []
 
@@ -118,7 +121,7 @@ def build_graph(model: AWDLSTM, weights_sha256: str) -> onnx.ModelProto:
     inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["time", "batch"])]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["time", "batch", model.vocab_size])]
     directions = weight("directions", np.array([1], dtype=np.int64))
-    x = node("Gather", [weight("embedding", _numpy(model.model.embed_tokens.weight)), "ids"], ["x"])
+    x = node("Gather", [weight("embedding", as_array(model.model.embed_tokens.weight)), "ids"], ["x"])
     for i, layer in enumerate(model.layers):
         lstm = layer.lstm
         w, r = (_gates(matrix)[None] for matrix in (lstm.weight_ih_l0, lstm.weight_hh_l0))
@@ -133,8 +136,8 @@ def build_graph(model: AWDLSTM, weights_sha256: str) -> onnx.ModelProto:
         shape: list[str | int | None] = [1, "batch", lstm.hidden_size]
         inputs += [helper.make_tensor_value_info(f"{part}{i}", TensorProto.FLOAT, shape) for part in "hc"]
         outputs += [helper.make_tensor_value_info(f"{part}{i}_out", TensorProto.FLOAT, shape) for part in "hc"]
-    scores = node("MatMul", [x, weight("decoder", _numpy(model.lm_head.weight).T)], ["scores"])
-    node("Add", [scores, weight("bias", _numpy(model.lm_head.bias))], ["logits"])
+    scores = node("MatMul", [x, weight("decoder", as_array(model.lm_head.weight).T)], ["scores"])
+    node("Add", [scores, weight("bias", as_array(model.lm_head.bias))], ["logits"])
 
     graph = helper.make_graph(nodes, "awd_lstm", inputs, outputs, weights)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
@@ -243,10 +246,5 @@ def _share_embedding(quantized: onnx.ModelProto) -> None:
 
 def _gates(values: torch.Tensor | torch.nn.Module) -> NDArray[Any]:
     """Reorder gates along the first axis: PyTorch has i, f, g, o, ONNX i, o, f, g."""
-    i, f, g, o = np.split(_numpy(values), 4)
+    i, f, g, o = np.split(as_array(values), 4)
     return np.concatenate([i, o, f, g])
-
-
-def _numpy(values: torch.Tensor | torch.nn.Module) -> NDArray[Any]:
-    assert isinstance(values, torch.Tensor)
-    return values.detach().float().cpu().numpy()

@@ -67,6 +67,8 @@ def _model_facts(run: Run) -> list[tuple[str, str]]:
         f"AWD-LSTM, {meta['num_parameters'] / 1e6:.1f}M parameters: embedding {config['embedding_size']}, "
         f"{config['num_layers']} layers of {config['hidden_size']}" + (", tied" if config["tie_weights"] else "")
     )
+    if rounds := config.get("mogrifier_rounds"):  # an older run does not say
+        text += f", Mogrifier of {rounds} rounds of rank {config['mogrifier_rank']}"
     return [("network", text + (f", output {run.alpha:g}-entmax" if run.alpha != 1 else ""))]
 
 

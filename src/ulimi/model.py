@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ulimi import cpu, cuda
+from ulimi import cpu, cuda, mogrifier
 
 LayerState = tuple[Tensor, Tensor]
 """(h, c) of one layer, each (1, B, H)."""
@@ -117,48 +117,86 @@ def embedding_dropout(
     return x_BTE * mask_V1[tokens_BT]
 
 
+def _own_precision(x: Tensor, weight: Tensor) -> bool | None:
+    """As `ulimi.cpu.own_precision`; None also where its passes are not for these tensors."""
+    return cpu.own_precision() if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 else None
+
+
 class WeightDropLSTM(nn.Module):
     """One LSTM layer with DropConnect on its recurrent matrix (sec. 2).
 
     The mask is drawn once a forward pass, so a recurrent connection is absent for a whole window, which is what lets a
     fused kernel run. The parameter keeps its name and stays a leaf: gradients reach it, and a checkpoint loads into a
     plain `nn.LSTM`. Both of PyTorch's biases are kept: one merged bias would learn at half the published rate.
+
+    With `mogrifier_rounds` it is a Mogrifier LSTM, see `ulimi.mogrifier`.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, weight_dropout: float) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        weight_dropout: float,
+        mogrifier_rounds: int = 0,
+        mogrifier_rank: int = 1,
+    ) -> None:
         super().__init__()
         self.lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
         self.weight_dropout = weight_dropout
+        sizes = [(input_size, hidden_size) if r % 2 else (hidden_size, input_size) for r in range(mogrifier_rounds)]
+        self.rounds = nn.ModuleList(
+            nn.Sequential(nn.Linear(i, mogrifier_rank, bias=False), nn.Linear(mogrifier_rank, o, bias=False))
+            for i, o in sizes
+        )
+
+    def gates(self) -> list[mogrifier.Gate]:
+        """The two matrices of each of a Mogrifier's rounds."""
+        matrices = list(self.rounds.parameters())
+        return list(zip(matrices[::2], matrices[1::2], strict=True))
 
     def forward(
         self, x_BTI: Tensor, state: LayerState | None = None, rng: torch.Generator | None = None
     ) -> tuple[Tensor, LayerState]:
         """Map (B, T, I) to (B, T, H), starting from `state` or from zeros."""
-        if not (self.training or torch.is_grad_enabled()):
+        if not self.rounds and not (self.training or torch.is_grad_enabled()):
             out: tuple[Tensor, LayerState] = self.lstm(x_BTI, state)
             return out
         weight_ih, weight_hh, bias_ih, bias_hh = self.lstm.all_weights[0]
         mask_hh = None
         if self.training and self.weight_dropout > 0.0:
             mask_hh = dropout_mask(weight_hh.shape, self.weight_dropout, weight_hh, rng)
+        if self.rounds:
+            return self._mogrify(x_BTI, state, mask_hh)
         if cuda.has_cudnn(x_BTI.device):
             return cuda.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh)
-        half = cpu.own_precision()
-        if x_BTI.device.type == "cpu" and weight_hh.dtype == x_BTI.dtype == torch.float32 and half is not None:
+        if (half := _own_precision(x_BTI, weight_hh)) is not None:
             with torch.autocast("cpu", enabled=False):
                 return cpu.lstm(x_BTI, state, weight_ih, weight_hh, bias_ih, bias_hh, mask_hh, half)
         dropped_hh = weight_hh if mask_hh is None else weight_hh * mask_hh
         out = functional_call(self.lstm, {"weight_hh_l0": dropped_hh}, (x_BTI, state))
         return out
 
+    def _mogrify(self, x_BTI: Tensor, state: LayerState | None, mask_hh: Tensor | None) -> tuple[Tensor, LayerState]:
+        weight_ih, weight_hh, bias_ih, bias_hh = self.lstm.all_weights[0]
+        if state is None:
+            zeros = x_BTI.new_zeros(1, x_BTI.size(0), self.lstm.hidden_size)
+            state = zeros, zeros
+        if (half := _own_precision(x_BTI, weight_hh)) is not None:
+            with torch.autocast("cpu", enabled=False):
+                return mogrifier.lstm(
+                    x_BTI, state, weight_ih, weight_hh, bias_ih + bias_hh, self.gates(), mask_hh, half
+                )
+        dropped_hh = weight_hh if mask_hh is None else weight_hh * mask_hh
+        return mogrifier.reference(x_BTI, state, weight_ih, dropped_hh, bias_ih + bias_hh, self.gates())
+
 
 class _Backbone(nn.Module):
     """Embedding and layers under the names that Hugging Face models give them."""
 
-    def __init__(self, vocab_size: int, embedding_size: int, sizes: list[tuple[int, int]], weight_dropout: float):
+    def __init__(self, vocab_size: int, embedding_size: int, layers: list[WeightDropLSTM]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, embedding_size)
-        self.layers = nn.ModuleList(WeightDropLSTM(i, o, weight_dropout) for i, o in sizes)
+        self.layers = nn.ModuleList(layers)
 
 
 class AWDLSTM(nn.Module):
@@ -175,6 +213,9 @@ class AWDLSTM(nn.Module):
         hidden_dropout: locked, between layers (none after the last).
         output_dropout: locked, after the last layer.
         weight_dropout: DropConnect on each layer's `weight_hh`.
+        mogrifier_rounds: in which each layer's input and state scale one another before a step, see `ulimi.mogrifier`;
+            0 is a plain LSTM.
+        mogrifier_rank: of the matrices of these rounds.
         rng: generator of the initial weights; None takes PyTorch's default one.
     """
 
@@ -191,15 +232,21 @@ class AWDLSTM(nn.Module):
         hidden_dropout: float = 0.0,
         output_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        mogrifier_rounds: int = 0,
+        mogrifier_rank: int = 32,
         rng: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self.mogrifier_rounds = mogrifier_rounds
         last_size = embedding_size if tie_weights else hidden_size
         widths = [embedding_size, *[hidden_size] * (num_layers - 1), last_size]
         # PyTorch's modules fill themselves from the global random state; what they draw is overwritten below.
         with torch.random.fork_rng(devices=[]):
-            self.model = _Backbone(vocab_size, embedding_size, list(pairwise(widths)), weight_dropout)
+            layers = [
+                WeightDropLSTM(i, o, weight_dropout, mogrifier_rounds, mogrifier_rank) for i, o in pairwise(widths)
+            ]
+            self.model = _Backbone(vocab_size, embedding_size, layers)
             self.lm_head = nn.Linear(last_size, vocab_size)
         self.set_dropouts(
             embedding_dropout=embedding_dropout, input_dropout=input_dropout, hidden_dropout=hidden_dropout,
@@ -211,7 +258,10 @@ class AWDLSTM(nn.Module):
         self._initialise(rng)
 
     def _initialise(self, rng: torch.Generator | None) -> None:
-        """Embedding and decoder U(-0.1, 0.1), decoder bias 0; each layer U(-1/sqrt(H), 1/sqrt(H)), as PyTorch does."""
+        """Embedding and decoder U(-0.1, 0.1), decoder bias 0; each layer U(-1/sqrt(H), 1/sqrt(H)), as PyTorch does.
+
+        A Mogrifier's matrices: U(-1/sqrt(n), 1/sqrt(n)), n what they read, so that each round begins near a scale of 1.
+        """
         with torch.no_grad():
             self.model.embed_tokens.weight.uniform_(-0.1, 0.1, generator=rng)
             if not self.tie_weights:
@@ -219,8 +269,11 @@ class AWDLSTM(nn.Module):
             self.lm_head.bias.zero_()
             for layer in self.layers:
                 bound = layer.lstm.hidden_size**-0.5
-                for weight in layer.parameters():
+                for weight in layer.lstm.parameters():
                     weight.uniform_(-bound, bound, generator=rng)
+            for layer in self.layers:
+                for matrix in layer.rounds.parameters():
+                    matrix.uniform_(-(matrix.size(1) ** -0.5), matrix.size(1) ** -0.5, generator=rng)
 
     @property
     def layers(self) -> list[WeightDropLSTM]:

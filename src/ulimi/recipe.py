@@ -84,6 +84,10 @@ class ModelRecipe(_Section):
     """locked, after the last layer [dropout]"""
     weight_dropout: Probability = 0.2
     """DropConnect on the recurrent matrices (sec. 2) [wdrop]"""
+    mogrifier_rounds: int = Field(0, ge=0, le=100)
+    """rounds in which input and state scale one another before each step (Melis et al. 2020); 0: a plain LSTM"""
+    mogrifier_rank: int = Field(32, ge=1, le=100_000_000)
+    """of the matrices of these rounds; without rounds it says nothing"""
 
 
 class LossRecipe(_Section):

@@ -763,7 +763,7 @@ def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
     ):
         raise UlimiError(
             f"--init-from {source.dir}: its network has other sizes than this recipe's; leave model.embedding_size, "
-            "hidden_size, num_layers and tie_weights as they are there"
+            "hidden_size, num_layers, tie_weights, mogrifier_rounds and mogrifier_rank as they are there"
         )
     with torch.no_grad():
         for name, parameter in own.items():
