@@ -168,7 +168,10 @@ def trainer(corpus, run_dir, *overrides, precision="fp32", graphs=True, teacher=
 
 
 @gpu
-@pytest.mark.parametrize("overrides", [(), ("optim.kind=nt-asgd",), ("optim.dropout_warmup_epochs=1",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("optim.kind=nt-asgd",), ("optim.dropout_warmup_epochs=1",), ("model.mogrifier_rounds=3",)],
+)
 def test_graphs_take_the_steps_that_are_taken_without(corpus, tmp_path, overrides):
     curves = []
     for graphs in (True, False):
