@@ -88,7 +88,7 @@ def lstm(
         bias_G: as of `reference`.
         gates: likewise.
         mask_GH: DropConnect on `weight_hh_GH`: zeros, and one other number. It gets no gradient.
-        half: round what is multiplied to bfloat16, see `ulimi.cpu.product`.
+        half: round what is multiplied to bfloat16, see `ulimi.cpu.product`; the rounds of a step are float32 even so.
 
     Returns:
         (B, T, H), the memory of which has time first; and the last state.
@@ -117,8 +117,9 @@ class _Mogrifier(torch.autograd.Function):
         kept_GH, ctx.scale = (None, None) if mask_GH is None else (mask_GH != 0, mask_GH.amax())
         times_ih = right_factor(weight_ih_GI.t(), B, half)
         times_hh = right_factor(drop(weight_hh_GH, kept_GH, ctx.scale).t(), B, half)
+        # So small that rounding, or a call of oneDNN, would take longer than the product.
         rounds = [
-            (right_factor(down_KS.t(), B, half), right_factor(up_MK.t(), B, half), sigmoids_TBM.unbind())
+            (down_KS.t().contiguous(), up_MK.t().contiguous(), sigmoids_TBM.unbind())
             for down_KS, up_MK, sigmoids_TBM in zip(flat[::2], flat[1::2], sigmoids, strict=True)
         ]
         forward = kernels().forward
@@ -126,7 +127,7 @@ class _Mogrifier(torch.autograd.Function):
         for t, (x_BI, gates_BG) in enumerate(zip(x_TBI.unbind(), gates_TBG.unbind(), strict=True)):
             now_BH = hidden[t]
             for r, (down, up, sigmoid) in enumerate(rounds):
-                s_BM = torch.sigmoid(up(down(x_BI if r % 2 else now_BH)), out=sigmoid[t])
+                s_BM = torch.sigmoid(torch.mm(torch.mm(x_BI if r % 2 else now_BH, down), up), out=sigmoid[t])
                 if r % 2:
                     now_BH = (now_BH * s_BM).mul_(2)
                 else:
@@ -169,7 +170,6 @@ class _Mogrifier(torch.autograd.Function):
         grad_x_TBI = torch.empty_like(x_TBI)
         times_ih = right_factor(weight_ih_GI, B, half)
         times_hh = right_factor(drop(weight_hh_GH, kept_GH, ctx.scale), B, half)
-        times_down, times_up = ([right_factor(matrix, B, half) for matrix in flat[start::2]] for start in (0, 1))
         backward = kernels().backward
         for t in reversed(range(T)):
             backward(gates_TBG[t], cell_SBH[t], cell_SBH[t + 1], grads[t], grad_h_BH, grad_c_BH)
@@ -177,12 +177,11 @@ class _Mogrifier(torch.autograd.Function):
             for r in reversed(range(num_rounds)):
                 grad_BM = grad_h_BH if r % 2 else grad_x_BI
                 grad_z_BM = grad_z[r][t].mul_(grad_BM)
-                grad_u_BK = times_up[r](grad_z_BM)
-                grad_u[r][t] = grad_u_BK
+                grad_u_BK = torch.mm(grad_z_BM, flat[2 * r + 1], out=grad_u[r][t])
                 grad_BM.mul_(sigmoids[r][t]).mul_(2)
-                (grad_x_BI if r % 2 else grad_h_BH).add_(times_down[r](grad_u_BK))
+                (grad_x_BI if r % 2 else grad_h_BH).addmm_(grad_u_BK, flat[2 * r])
             grad_x_TBI[t] = grad_x_BI
-        del times_ih, times_hh, times_down, times_up
+        del times_ih, times_hh
 
         grad_flat: list[Tensor] = []
         for down_KS, z, u, y_NS in zip(flat[::2], grad_z, grad_u, looked_at, strict=True):
