@@ -10,6 +10,8 @@ any of PyTorch's libraries makes on this machine, of bfloat16 for those in bf16;
 operations a parameter and token. Peak memory is that of a process that does three steps, above what it held with the
 model made.
 
+Mogrifier: ulimi's with three rounds of rank 64, whose operations are not counted.
+
 With --keep-memory, the C library keeps freed memory for all of them, as it does in `ulimi train`.
 
 Plain: the same sizes by `nn.LSTM` and `F.cross_entropy`, without any dropout, AR or TAR.
@@ -74,11 +76,12 @@ def finish(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> 
     optimizer.step()
 
 
-def ulimi_step(shape: Shape, with_c: bool = True, precision: str = "fp32") -> Step:
+def ulimi_step(shape: Shape, with_c: bool = True, precision: str = "fp32", mogrifier_rounds: int = 0) -> Step:
     """Make ulimi's step, as in `ulimi.train`."""
     model = AWDLSTM(
         vocab_size=shape.vocab, embedding_size=shape.embedding, hidden_size=shape.hidden, num_layers=LAYERS,
         embedding_dropout=0.1, input_dropout=0.4, hidden_dropout=0.25, output_dropout=0.4, weight_dropout=0.5,
+        mogrifier_rounds=mogrifier_rounds, mogrifier_rank=64,
     ).train()  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     rng = torch.Generator().manual_seed(0)
@@ -159,6 +162,8 @@ MAKE: dict[str, Callable[[Shape], Step]] = {
     "ulimi": ulimi_step,
     "ulimi" + HALF: partial(ulimi_step, precision="bf16"),
     "ulimi, no C": partial(ulimi_step, with_c=False),
+    "ulimi, Mogrifier": partial(ulimi_step, mogrifier_rounds=3),
+    "ulimi, Mogrifier" + HALF: partial(ulimi_step, precision="bf16", mogrifier_rounds=3),
     "fastai": fastai_step,
     "fastai" + HALF: partial(fastai_step, precision="bf16"),
     "plain": plain_step,
@@ -253,7 +258,7 @@ def main() -> None:
         return
     results: dict[str, dict[str, dict[str, float]]] = {}
     print(
-        f"{'shape':8} {'':12} {'tokens/s':>9} {'of limit':>8} {'peak MB':>8} {'GFLOP/s':>11}   ({args.threads} threads)"
+        f"{'shape':8} {'':22} {'tokens/s':>9} {'of limit':>8} {'peak MB':>8} {'GFLOP/s':>11}   ({args.threads} threads)"
     )
     for name in args.shapes:
         results[name] = measure(SHAPES[name], args.contenders, args.rounds)
@@ -264,7 +269,7 @@ def main() -> None:
             row["peak_mb"] = float(done.stdout)
             rate, share, limit = row["tokens_per_s"], row["share_of_limit"], row["limit_gflops"]
             print(
-                f"{name:8} {contender:12} {rate:9,.0f} {share:8.0%} {row['peak_mb']:8,.0f} {limit:11,.0f}", flush=True
+                f"{name:8} {contender:22} {rate:9,.0f} {share:8.0%} {row['peak_mb']:8,.0f} {limit:11,.0f}", flush=True
             )
     if args.out:
         machine = describe_device(CPU)
