@@ -1,5 +1,6 @@
 """The command line as people meet it: results, refusals in one line, and interruptions."""
 
+import errno
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ import torch
 from conftest import TINY, synthetic_lines
 from ulimi import __version__, cli
 from ulimi.adapt import Cache, Dynamic
+from ulimi.files import write_json
 from ulimi.recipe import recipe_names
 from ulimi.run import CHECKPOINT, FORMAT, WEIGHTS, open_run
 
@@ -328,6 +330,8 @@ def test_the_same_search_or_seed_gives_the_same_text(works, tiny_run, args):
     (["good.txt", "--distribution", "--epsilon", "inf"], "--epsilon"),
     (["good.txt", "--cache", "--cache-lambda", "1"], "--cache-lambda 1.0"),
     (["good.txt", "--cache", "--cache-window", "0"], "--cache-window 0"),
+    (["good.txt", "--cache", "--cache-window", "9" * 25], "'--cache-window'"),
+    (["good.txt", "--keystrokes", "--max-lines", "9" * 25], "'--max-lines'"),
     (["good.txt", "--dynamic", "--dynamic-lr", "-1"], "--dynamic-lr -1.0"),
     (["good.txt", "--dynamic", "--stats-from", "missing.txt"], "missing.txt: No such file"),
     (["good.txt", "--device", "tpu"], "--device tpu"),
@@ -479,6 +483,13 @@ def test_cache_and_dynamic_evaluation(works, run_dir, corpus_dir):
     assert cached < static
     assert nats() == static
     assert (run_dir / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize(("switch", "option"), [("--dynamic", "--dynamic-lr"), ("--cache", "--cache-theta")])
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_what_makes_no_numbers_of_probabilities_is_one_line(refused, run_dir, corpus_dir, switch, option, how):
+    said = refused("evaluate", corpus_dir / "valid.txt", "-m", run_dir, switch, option, "1e300", *how)
+    assert f"valid.txt: the model's probabilities are no numbers; {option} 1e+300 may be too large" in said
 
 
 def test_score_gives_a_row_a_line(works, tmp_path, tiny_run):
@@ -670,6 +681,18 @@ def test_what_suggest_and_keystrokes_refuse(refused, tiny_run, corpus_dir, tmp_p
 # info, recipe, help
 
 
+def test_export_keeps_what_a_training_writes_meanwhile(works, monkeypatch, run_dir):
+    def export(run, _text):
+        write_json(run.dir / "meta.json", {**run.meta, "epochs": 99})
+        return {"kind": "int8"}
+
+    monkeypatch.setattr("ulimi.export.export_onnx", export)
+    monkeypatch.setattr("ulimi.export.describe_export", str)
+    works("export", run_dir)
+    meta = open_run(run_dir).meta
+    assert (meta["epochs"], meta["onnx"]) == (99, {"kind": "int8"})
+
+
 def test_info(works, tiny_run):
     out = works("info", tiny_run.dir).out
     for part in ("AWD-LSTM", "bpe, 320 tokens", "2 epochs", "finished", "bits per character on validation"):
@@ -764,6 +787,23 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(works, tmp_path, run_
     assert not [name for name in after if name.endswith(".tmp")]
     works(*args)
     assert [row["epoch"] for row in open_run(run_dir).metrics()] == [1, 2, 3]
+
+
+def test_a_full_disk_is_named(refused, tmp_path, monkeypatch, tiny_run, corpus_dir):
+    def write(path, *_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write)
+    said = refused("judge", "--write", tmp_path / "pairs.tsv", "--num", 1)
+    assert said == f"ulimi: error: {tmp_path}/pairs.tsv: No space left on device; what was saved before is intact"
+
+    def copy(source, target, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    said = refused("release", tiny_run.dir, "--out", tmp_path / "gift", "--card", corpus_dir / "valid.txt")
+    assert re.search(rf"{tiny_run.dir}/\S+ -> {tmp_path}/\S+: No space left on device", said)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reader_that_goes_away_gets_no_traceback(tmp_path, tiny_run):

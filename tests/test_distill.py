@@ -404,6 +404,14 @@ def test_a_teacher_that_cannot_be_loaded_leaves_no_run(tmp_path, corpus, teacher
     train(corpus, tmp_path / "run", tiny("optim.max_epochs=1"), teacher=open_run(teacher_dir))
 
 
+def test_a_teacher_without_its_counts_is_refused(tmp_path, corpus, ngram_dir):
+    broken = Path(shutil.copytree(ngram_dir, tmp_path / "broken"))
+    (broken / "ngram.npz").unlink()
+    said = refusal(lambda: train(corpus, tmp_path / "run", tiny(), teacher=open_run(broken)))
+    assert said == f"{broken}: no ngram.npz, which holds the counts of an n-gram model"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_resumed_by_the_command_that_began_it(tmp_path, works, corpus_dir, teacher_dir):
     """The recipe says another tokenizer than the teacher's, which was taken."""
     (tmp_path / "recipe.toml").write_text(tiny("optim.max_epochs=1").to_toml())

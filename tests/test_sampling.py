@@ -277,6 +277,11 @@ def test_the_repetition_penalty_multiplies_log_probabilities(logits_BV, penalty,
             assert y - total == pytest.approx(penalty * (x - total) if token in ids else x - total, abs=1e-9)
 
 
+def test_a_penalty_beyond_all_floats_rules_out():
+    ruled_BV = apply_rules(np.zeros((1, 5)), [RepetitionPenalty(1.7e308)], [[1, 3]])
+    assert np.flatnonzero(ruled_BV[0] > -INF).tolist() == [0, 2, 4]
+
+
 @given(logits_batches(), st.floats(1, 4), st.floats(-50, 50))
 def test_the_repetition_penalty_does_not_see_a_constant_added_to_the_logits(logits_BV, penalty, constant):
     logits_BV = logits_BV.astype(np.float64)

@@ -479,6 +479,8 @@ def test_addresses_that_are_none(refused, server):
     assert "--host nowhere.invalid --port 0: " in refused("serve", "--host", "nowhere.invalid", "--port", 0)
     assert "--port 70000: allowed: 0 (any free one) to 65535" in refused("serve", "--port", 70000)
     assert "--host is empty; allowed: 127.0.0.1" in refused("serve", "--host", "")
+    for host in ("\u00e9..x", "a\0b"):
+        assert f"--host {host} --port 0: " in refused("serve", "--host", host, "--port", 0)
     for origin in ("keyboard.example", "https://keyboard.example/", "https://\u4e2d.example", "null", "https://a\nb"):
         assert f"--allow-origin {origin!r}: allowed: " in refused("serve", "--port", 0, "--allow-origin", origin)
     assert "no run folder" in refused("serve", "-m", "nowhere")

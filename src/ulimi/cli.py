@@ -95,7 +95,9 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx is not None else "ulimi"
         _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        # Of a copy, both: the disk that is full is the second one's.
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
+        where = f"{names}: " if names else ""
         # A name that leads nowhere is no danger to what was saved; a full disk makes one fear for it.
         is_wrong_name = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
         _fail(f"{where}{error.strerror or error}" + ("" if is_wrong_name else "; what was saved before is intact"))
@@ -310,7 +312,7 @@ def evaluate(
     cache: Annotated[bool, typer.Option("--cache", help="Mix in a neural cache.")] = False,
     cache_theta: Annotated[float | None, typer.Option(help="Flatness of the cache (2.0).")] = None,
     cache_lambda: Annotated[float | None, typer.Option(help="Share of the cache (0.1).")] = None,
-    cache_window: Annotated[int | None, typer.Option(help="Tokens that it remembers (2000).")] = None,
+    cache_window: Annotated[int | None, typer.Option(max=10**9, help="Tokens that it remembers (2000).")] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Dynamic evaluation: learn while reading.")] = False,
     dynamic_lr: Annotated[float | None, typer.Option(help="Its learning rate (7e-5).")] = None,
     dynamic_decay: Annotated[float | None, typer.Option(help="Its pull to the trained weights (0.01).")] = None,
@@ -325,7 +327,9 @@ def evaluate(
         bool, typer.Option("--keystrokes", help="The share of keystrokes that suggestions spare, instead.")
     ] = False,
     suggestions: Annotated[int | None, typer.Option(min=1, help="Those that --keystrokes looks at (3).")] = None,
-    max_lines: Annotated[int | None, typer.Option(min=1, help="--keystrokes: the first lines of a file only.")] = None,
+    max_lines: Annotated[
+        int | None, typer.Option(min=1, max=sys.maxsize, help="--keystrokes: the first lines of a file only.")
+    ] = None,
     distribution: Annotated[
         bool, typer.Option("--distribution", help="Epsilon-perplexity, sparsemax score, JS divergence, instead.")
     ] = False,
@@ -394,6 +398,11 @@ def evaluate(
             text = encode_file(path, run.tokenizer)
             _warn_unknown(path, text.num_unknown)
             nats = scorer(path, text, on_tokens)
+        if not math.isfinite(nats):
+            rates = {"--cache-theta": cache_theta, "--dynamic-lr": dynamic_lr}
+            large = [f"{option} {value}" for option, value in rates.items() if value is not None]
+            cause = f"; {' or '.join(large)} may be too large" if large else ", which its weights may be to blame for"
+            raise UlimiError(f"{path}: the model's probabilities are no numbers{cause}")
         rows.append((str(path), Score.of(nats, len(text.ids), text.stats)))
         if as_json:
             typer.echo(json.dumps({"file": str(path), **rows[-1][1].as_dict(), **told}))
@@ -981,7 +990,8 @@ def export(
     if valid_path is None:
         raise UlimiError(f"{run}: its validation text is not where it was: name it with --valid")
     result = export_onnx(opened, encode_file(valid_path, opened.tokenizer))
-    write_json(run / "meta.json", {**opened.meta, "onnx": result})
+    # Read again: a training may have gone on, or ended, meanwhile.
+    write_json(run / "meta.json", {**open_run(run).meta, "onnx": result})
     typer.echo(f"{run}/model.onnx: {describe_export(result)}")
 
 

@@ -386,9 +386,10 @@ class MixtureEngine:
 
 def mixed_nats(nats: NDArray[Any], weights_M: NDArray[np.float64]) -> NDArray[np.float64]:
     """Give the nats of tokens under a mixture, from those under each member, (M, …)."""
-    with np.errstate(divide="ignore"):
+    # What is no number under a member stays none, and the caller sees it.
+    with np.errstate(divide="ignore", invalid="ignore"):
         log_weights = np.log(weights_M).reshape(-1, *[1] * (nats.ndim - 1))
-    mixed: NDArray[np.float64] = -np.logaddexp.reduce(log_weights - nats, axis=0)
+        mixed: NDArray[np.float64] = -np.logaddexp.reduce(log_weights - nats, axis=0)
     return mixed
 
 

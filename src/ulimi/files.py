@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, whatever ends the program: an error, a signal, a power cut."""
 
+import errno
 import json
 import os
 import shutil
@@ -31,6 +32,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield unfinished
         _sync_file(unfinished)
         unfinished.replace(path)
+    except OSError as error:
+        # What fails to write names no file, and a full disk is one of several.
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = str(path)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
     _sync_folder(path.parent)

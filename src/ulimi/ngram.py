@@ -260,6 +260,10 @@ def read_ngrams(path: Path) -> list[Level]:
     """
     levels: list[Level] = []
     try:
+        with path.open("rb") as file:
+            is_archive = zipfile.is_zipfile(file)
+        if not is_archive:
+            raise ValueError("it is damaged, or no file of counts")  # numpy would say how to load a pickle
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             for n in range(1, len(arrays.files) // 3 + 1):
                 level = Level(*(arrays[f"{name}_{n}"] for name in ("num_successors", "words", "counts")))

@@ -151,6 +151,8 @@ class Run:
     @cached_property
     def model_sha256(self) -> list[str]:
         """Hashes of its weights, graphs and counts, those of a mixture's members; an error where none is there."""
+        if self.kind == NGRAM and not (self.dir / NGRAMS).is_file():
+            raise UlimiError(f"{self.dir}: no {NGRAMS}, which holds the counts of an n-gram model")
         paths = [path for path in self.model_files() if path.name in (WEIGHTS, ONNX, NGRAMS)] or [self.weights_path]
         return [_sha256(path) for path in paths]
 

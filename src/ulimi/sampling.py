@@ -84,7 +84,8 @@ class RepetitionPenalty:
         """Lower the logits of `ids`."""
         seen = np.unique(np.asarray(ids, dtype=np.int64))
         total = np.logaddexp.reduce(logits_V)
-        logits_V[seen] = (logits_V[seen] - total) * self._penalty + total
+        with np.errstate(over="ignore"):  # what is too unlikely for a float is impossible
+            logits_V[seen] = (logits_V[seen] - total) * self._penalty + total
 
 
 class NoRepeatNgram:

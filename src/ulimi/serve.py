@@ -302,7 +302,7 @@ def listen(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(256)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, TypeError) as error:  # TypeError: a name that is none, with a NUL or an empty label
         listener.close()
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UlimiError(f"--host {host} --port {port}: {reason}") from None
