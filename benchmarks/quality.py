@@ -72,7 +72,10 @@ from ulimi.train import Interrupted, Silent, Trainer
 
 Result = dict[str, Any]
 
-SIZES = ["model.embedding_size=256", "model.hidden_size=512", "model.num_layers=3", "model.tie_weights=true"]
+SIZES = [
+    "model.embedding_size=256", "model.hidden_size=512", "model.num_layers=3", "model.tie_weights=true",
+    "model.mogrifier_rounds=0",
+]  # fmt: skip
 NO_DROPOUT = [f"model.{kind}_dropout=0.0" for kind in ("embedding", "input", "hidden", "output", "weight")]
 NO_AR_TAR = ["loss.ar_alpha=0.0", "loss.tar_beta=0.0"]
 PREDECESSOR = [
