@@ -1,6 +1,9 @@
 """The Mogrifier LSTM: the equations, its passes on a CPU with their gradients, its graph, and a run of it."""
 
+import copy
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,7 +12,7 @@ import torch
 
 import reference
 from test_cpu import draw, library, rng, way  # noqa: F401 - fixtures
-from ulimi import cpu, export, mogrifier
+from ulimi import export, mogrifier
 from ulimi.corpus import open_corpus
 from ulimi.engine import OnnxEngine, TorchEngine, load_model
 from ulimi.errors import UlimiError
@@ -156,6 +159,7 @@ def test_float32_takes_the_passes_of_a_cpu_and_the_rest_pytorchs_operators(monke
     with torch.autocast("cpu", precision, enabled=precision is not None):
         out = model(tokens, None, rng(2))
     assert set(taken) == {"reference" if precision == torch.float16 else "lstm"}
+    assert {x.dtype for x in (out.raw, *out.state[0])} == {torch.float32}
     exact = model.double()(tokens, None, rng(2))
     assert set(taken) >= {"reference"}
     assert (out.logits - exact.logits).norm() < (1e-6 if precision is None else 0.03) * exact.logits.norm()
@@ -197,13 +201,25 @@ def test_int8_is_near_and_a_rows_numbers_are_its_own(tmp_path, tied):
     model = make_model(vocab_size=60, embedding_size=20, hidden_size=24, tie_weights=tied).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(5)  # logits of some size
+        for layer in model.layers:
+            for weight in layer.lstm.parameters():
+                weight.mul_(2)
+            for matrix in layer.rounds.parameters():
+                matrix.mul_(4)  # rounds that have a say
     onnx.save(build_mogrifier_graph(model, "0", int8=True), tmp_path / "int8.onnx")
     engine = OnnxEngine(tmp_path / "int8.onnx")
     assert engine.batch_invariant
     ids_BT = np.random.default_rng(0).integers(60, size=(5, 40))
     exact_BTV, _ = TorchEngine(model).logits(ids_BT, model.initial_state(5))
     logits_BTV, state = engine.logits(ids_BT, engine.initial_state(5))
-    assert abs(logits_BTV - exact_BTV).max() < 0.1 * abs(exact_BTV).max()
+    assert np.linalg.norm(logits_BTV - exact_BTV) < 0.04 * np.linalg.norm(exact_BTV)
+    without = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in without.layers:
+            for first, _ in layer.rounds:
+                first.weight.zero_()
+    otherwise_BTV, _ = TorchEngine(without).logits(ids_BT, model.initial_state(5))
+    assert np.linalg.norm(otherwise_BTV - exact_BTV) > 0.2 * np.linalg.norm(exact_BTV)
     np.testing.assert_array_equal(engine.output(state), state[-2][0])
     for row in range(5):
         alone, own_state = engine.logits(ids_BT[[row], :13], engine.initial_state(1))
@@ -264,10 +280,15 @@ def test_a_plain_network_cannot_start_one(run, tiny_run, tmp_path, corpus_dir):
         train(corpus, tmp_path / "run", load_recipe(None, TINY), init_from=tiny_run)
 
 
-def test_a_run_of_before_there_were_rounds_opens(tiny_run, tmp_path):
-    config = json.loads((tiny_run.dir / "config.json").read_text())
-    assert config["awd_lstm"]["mogrifier_rounds"] == 0
-    sizes = {k: v for k, v in config["awd_lstm"].items() if not k.startswith("mogrifier")}
-    model = AWDLSTM(**sizes)
-    assert set(model.state_dict()) == set(load_model(tiny_run).state_dict())
-    assert cpu.own_precision() is False
+def test_a_run_of_before_there_were_rounds_goes_on(tiny_run, tmp_path, corpus_dir, ulimi):
+    old = Path(shutil.copytree(tiny_run.dir, tmp_path / "run"))
+    config = json.loads((old / "config.json").read_text())
+    for name in ("mogrifier_rounds", "mogrifier_rank"):
+        del config["awd_lstm"][name]
+    (old / "config.json").write_text(json.dumps(config))
+    lines = (old / "recipe.toml").read_text().splitlines()
+    (old / "recipe.toml").write_text("\n".join(line for line in lines if not line.startswith("mogrifier")))
+    assert not load_model(open_run(old)).mogrifier_rounds
+    assert "Mogrifier" not in ulimi("info", old).out
+    assert ulimi("train", corpus_dir, "--out", old, "--resume", "optim.max_epochs=3").code == 0
+    assert [row["epoch"] for row in open_run(old).metrics()] == [1, 2, 3]

@@ -312,7 +312,9 @@ def test_a_damaged_file_is_named(tmp_path):
     damages = [good[: len(good) // 2], b"", b"no zip at all", good[:100] + bytes(50) + good[150:]]
     for damage in damages:
         path.write_bytes(damage)
-        assert refusal(lambda: read_ngrams(path)).startswith(f"{path}: cannot be read: ")
+        said = refusal(lambda: read_ngrams(path))
+        assert said.startswith(f"{path}: cannot be read: ")
+        assert "pickle" not in said
     for name, changed in (("words_2", content["words_2"][:-1]), ("num_successors_3", content["counts_3"])):
         np.savez(path, **{**content, name: changed})
         assert refusal(lambda: read_ngrams(path)).startswith(f"{path}: cannot be read: ")

@@ -328,7 +328,7 @@ def evaluate(
     ] = False,
     suggestions: Annotated[int | None, typer.Option(min=1, help="Those that --keystrokes looks at (3).")] = None,
     max_lines: Annotated[
-        int | None, typer.Option(min=1, max=sys.maxsize, help="--keystrokes: the first lines of a file only.")
+        int | None, typer.Option(min=1, max=10**9, help="--keystrokes: the first lines of a file only.")
     ] = None,
     distribution: Annotated[
         bool, typer.Option("--distribution", help="Epsilon-perplexity, sparsemax score, JS divergence, instead.")
@@ -399,9 +399,11 @@ def evaluate(
             _warn_unknown(path, text.num_unknown)
             nats = scorer(path, text, on_tokens)
         if not math.isfinite(nats):
-            rates = {"--cache-theta": cache_theta, "--dynamic-lr": dynamic_lr}
-            large = [f"{option} {value}" for option, value in rates.items() if value is not None]
-            cause = f"; {' or '.join(large)} may be too large" if large else ", which its weights may be to blame for"
+            rates = {
+                "--cache-theta": cache_theta, "--dynamic-lr": dynamic_lr, "--dynamic-epsilon": dynamic_epsilon
+            }  # fmt: skip
+            given = [f"{option} {value}" for option, value in rates.items() if value is not None]
+            cause = f"; too extreme may be {' or '.join(given)}" if given else ", which its weights may be to blame for"
             raise UlimiError(f"{path}: the model's probabilities are no numbers{cause}")
         rows.append((str(path), Score.of(nats, len(text.ids), text.stats)))
         if as_json:

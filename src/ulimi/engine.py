@@ -189,9 +189,9 @@ class OnnxEngine:
     """`Engine` on ONNX Runtime, on the CPU; the graph is that of `ulimi.export`.
 
     int8 finds one scale for all activations that a call gives it. A graph whose activations have constant ends (see
-    `ulimi.export.fix_scales`) has the same scale in every call: a row's numbers are its own to the last bit, in
-    whatever batch and window. In other graphs, of float weights or older, rows run one by one, so that none depends on
-    those beside it.
+    `ulimi.export.fix_scales`), or whose scales are written in it (`ulimi.mogrifier_graph`), has the same scale in every
+    call: a row's numbers are its own to the last bit, in whatever batch and window. In other graphs, of float weights
+    or older, rows run one by one, so that none depends on those beside it.
 
     Args:
         path: a model.onnx.
@@ -215,7 +215,7 @@ class OnnxEngine:
             raise UlimiError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.weights_sha256 = metadata.get("weights_sha256", "")
-        # Without constant ends, the pads behind a row's own tokens have their part in the scale of its window, too.
+        # Without constant scales, the pads behind a row's own tokens have their part in the scale of its window, too.
         self._has_ends = FIXED_SCALES in metadata
         self.batch_invariant = self._has_ends or CONSTANT_SCALES in metadata
         logits, *_ = self._session.get_outputs()

@@ -1,7 +1,8 @@
 """From weights to model.onnx: the network without PyTorch, int8, with its state as inputs and outputs.
 
 The graph is written node by node: an LSTM language model in evaluation mode is a look-up, an LSTM operator a layer, a
-matrix product and a sum. Tracing PyTorch takes 30 seconds and a page of warnings for the same.
+matrix product and a sum (of Mogrifier layers: `ulimi.mogrifier_graph`). Tracing PyTorch takes 30 seconds and a page of
+warnings for the same.
 
 Inputs: ids (T, B), and h0, c0, h1, … each (1, B, H). Outputs: logits (T, B, V), and h0_out, c0_out, …
 Time comes first, because ONNX Runtime's LSTM knows no other layout.
@@ -59,7 +60,7 @@ def export_onnx(run: Run, valid_text: EncodedText, *, exact_nats: float | None =
     model = load_model(run)
     bits = 1 / math.log(2) / valid_text.stats.num_chars
     eos_id = run.tokenizer.eos_id
-    with tempfile.TemporaryDirectory() as scratch, atomic_path(run.dir / ONNX) as out:
+    with tempfile.TemporaryDirectory() as scratch:
         fp32 = Path(scratch) / "fp32.onnx"
         onnx.save(build_graph(model, run.weights_sha256), fp32)
         difference = max_difference(model, OnnxEngine(fp32))
@@ -68,18 +69,19 @@ def export_onnx(run: Run, valid_text: EncodedText, *, exact_nats: float | None =
                 f"no {ONNX}: ONNX Runtime differs from the network by {difference:.1e} nats a token, "
                 f"more than {MAX_DIFFERENCE:g}; the weights themselves are not concerned"
             )
-        if model.mogrifier_rounds:
-            onnx.save(build_mogrifier_graph(model, run.weights_sha256, int8=True), out)
-        else:
-            write_int8(fp32, out)
-        if exact_nats is None:
-            exact_nats = score_stream(TorchEngine(model, run.alpha), valid_text.ids, eos_id)
-        exact = exact_nats * bits
-        rounded = score_stream(OnnxEngine(out, run.alpha), valid_text.ids, eos_id) * bits
-        small_enough = rounded - exact <= MAX_INT8_COST
-        if not small_enough:
-            shutil.copyfile(fp32, out)
-        num_bytes = out.stat().st_size
+        with atomic_path(run.dir / ONNX) as out:
+            if model.mogrifier_rounds:
+                onnx.save(build_mogrifier_graph(model, run.weights_sha256, int8=True), out)
+            else:
+                write_int8(fp32, out)
+            if exact_nats is None:
+                exact_nats = score_stream(TorchEngine(model, run.alpha), valid_text.ids, eos_id)
+            exact = exact_nats * bits
+            rounded = score_stream(OnnxEngine(out, run.alpha), valid_text.ids, eos_id) * bits
+            small_enough = rounded - exact <= MAX_INT8_COST
+            if not small_enough:
+                shutil.copyfile(fp32, out)
+            num_bytes = out.stat().st_size
     return {
         "kind": "int8" if small_enough else "fp32",
         "num_bytes": num_bytes,

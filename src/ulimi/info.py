@@ -130,7 +130,8 @@ def model_card(run: Run, place: Path | None = None) -> str:
     elif run.kind == MIXTURE:
         what, made_of = "Several models whose probabilities are averaged (Jelinek & Mercer 1980), mixed", "members"
     else:
-        what, made_of = "An AWD-LSTM language model (Merity, Keskar & Socher 2017) trained", "weights"
+        layers = " of Mogrifier layers (Melis, Kočiský & Blunsom 2020)" if run.config.get("mogrifier_rounds") else ""
+        what, made_of = f"An AWD-LSTM language model (Merity, Keskar & Socher 2017){layers} trained", "weights"
         pictured = "\n![validation and training loss](curve.png)\n"
         toml = (run.dir / "recipe.toml").read_text(encoding="utf-8").strip()
         recipe = f"\n## Recipe\n\n```toml\n{toml}\n```\n"

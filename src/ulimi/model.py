@@ -8,7 +8,8 @@ Section numbers are those of the paper. The order of a forward pass:
 
 Legend: B streams, T time steps, V vocabulary, E embedding, H hidden, L layers. Batch first.
 
-Layers are single `nn.LSTM`s, so that we decide what stands between them and cuDNN still runs each. The recurrent state
+Layers are single `nn.LSTM`s, so that we decide what stands between them and cuDNN still runs each (but for Mogrifiers,
+which no cuDNN kernel knows, see `ulimi.mogrifier`). The recurrent state
 is a value that goes in and comes out. This module knows nothing of text, files or optimizers. It draws from no global
 random state when it is given a generator.
 """
@@ -138,7 +139,7 @@ class WeightDropLSTM(nn.Module):
         hidden_size: int,
         weight_dropout: float,
         mogrifier_rounds: int = 0,
-        mogrifier_rank: int = 1,
+        mogrifier_rank: int = 32,
     ) -> None:
         super().__init__()
         self.lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
@@ -149,7 +150,7 @@ class WeightDropLSTM(nn.Module):
             for i, o in sizes
         )
 
-    def gates(self) -> list[mogrifier.Gate]:
+    def round_matrices(self) -> list[mogrifier.Round]:
         """The two matrices of each of a Mogrifier's rounds."""
         matrices = list(self.rounds.parameters())
         return list(zip(matrices[::2], matrices[1::2], strict=True))
@@ -181,13 +182,15 @@ class WeightDropLSTM(nn.Module):
         if state is None:
             zeros = x_BTI.new_zeros(1, x_BTI.size(0), self.lstm.hidden_size)
             state = zeros, zeros
-        if (half := _own_precision(x_BTI, weight_hh)) is not None:
+        # A lone step, as generation takes it, is not worth packing matrices for.
+        is_lone = x_BTI.size(1) == 1 and not torch.is_grad_enabled()
+        if not is_lone and (half := _own_precision(x_BTI, weight_hh)) is not None:
             with torch.autocast("cpu", enabled=False):
                 return mogrifier.lstm(
-                    x_BTI, state, weight_ih, weight_hh, bias_ih + bias_hh, self.gates(), mask_hh, half
+                    x_BTI, state, weight_ih, weight_hh, bias_ih + bias_hh, self.round_matrices(), mask_hh, half
                 )
         dropped_hh = weight_hh if mask_hh is None else weight_hh * mask_hh
-        return mogrifier.reference(x_BTI, state, weight_ih, dropped_hh, bias_ih + bias_hh, self.gates())
+        return mogrifier.reference(x_BTI, state, weight_ih, dropped_hh, bias_ih + bias_hh, self.round_matrices())
 
 
 class _Backbone(nn.Module):

@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from ulimi.cpu import drop, kernels, product, right_factor, rounded, transpose
 
-Gate = tuple[Tensor, Tensor]
-"""of one round: (K, S) and (M, K)"""
+Round = tuple[Tensor, Tensor]
+"""its matrices, (K, S) and (M, K)"""
 
 
 def reference(
@@ -35,7 +35,7 @@ def reference(
     weight_ih_GI: Tensor,
     weight_hh_GH: Tensor,
     bias_G: Tensor,
-    gates: Sequence[Gate],
+    rounds: Sequence[Round],
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run a layer step by step.
 
@@ -45,15 +45,20 @@ def reference(
         weight_ih_GI: in the form that `nn.LSTM` gives it.
         weight_hh_GH: likewise; dropped already, if at all.
         bias_G: the sum of both biases.
-        gates: of each round, the first of which scales x.
+        rounds: the first of which scales x.
 
     Returns:
         (B, T, H), and the last state.
     """
     h_BH, c_BH = state[0][0], state[1][0]
     outputs = []
+    if torch.is_autocast_enabled(x_BTI.device.type):
+        # Once, where autocast would do it at each step.
+        dtype = torch.get_autocast_dtype(x_BTI.device.type)
+        weight_ih_GI, weight_hh_GH, bias_G = (w.to(dtype) for w in (weight_ih_GI, weight_hh_GH, bias_G))
+        rounds = [(down_KS.to(dtype), up_MK.to(dtype)) for down_KS, up_MK in rounds]
     for x_BI in x_BTI.unbind(1):
-        for (down_KS, up_MK), scales_x in zip(gates, cycle((True, False)), strict=False):
+        for (down_KS, up_MK), scales_x in zip(rounds, cycle((True, False)), strict=False):
             looked_at = h_BH if scales_x else x_BI
             scale_BM = 2 * torch.sigmoid(F.linear(F.linear(looked_at, down_KS), up_MK))
             if scales_x:
@@ -74,7 +79,7 @@ def lstm(
     weight_ih_GI: Tensor,
     weight_hh_GH: Tensor,
     bias_G: Tensor,
-    gates: Sequence[Gate],
+    rounds: Sequence[Round],
     mask_GH: Tensor | None = None,
     half: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -86,14 +91,14 @@ def lstm(
         weight_ih_GI: likewise.
         weight_hh_GH: the recurrent matrix, undropped.
         bias_G: as of `reference`.
-        gates: likewise.
+        rounds: likewise.
         mask_GH: DropConnect on `weight_hh_GH`: zeros, and one other number. It gets no gradient.
         half: round what is multiplied to bfloat16, see `ulimi.cpu.product`; the rounds of a step are float32 even so.
 
     Returns:
         (B, T, H), the memory of which has time first; and the last state.
     """
-    flat = [matrix for gate in gates for matrix in gate]
+    flat = [matrix for matrices in rounds for matrix in matrices]
     out_TBH, h_BH, c_BH = _Mogrifier.apply(  # type: ignore[no-untyped-call]
         x_BTI.transpose(0, 1), state[0][0], state[1][0], weight_ih_GI, weight_hh_GH, bias_G, mask_GH, half, *flat
     )
@@ -101,7 +106,10 @@ def lstm(
 
 
 class _Mogrifier(torch.autograd.Function):
-    """Memory: the LSTM's gates of all steps, which become their own gradients, outputs, cells, and the sigmoids."""
+    """Memory: the LSTM's gates of all steps, which become their own gradients, outputs, cells, and the sigmoids.
+
+    On the way backward, of each round, also what it made and the slope of its sigmoids.
+    """
 
     @staticmethod
     def forward(

@@ -2,9 +2,9 @@
 
 No ONNX operator is such a layer: a Scan goes over the steps, and its body holds all layers. In int8 each product's left
 factor is rounded by a scale that is known beforehand, since all that is multiplied is bounded: an LSTM's output lies
-between -1 and 1, a round at most doubles what it scales. So what a row gives depends on no other row, to the last bit,
-as in the graphs of `ulimi.export.fix_scales`. The two matrices of a round are multiplied out: what lies between them
-has no such bound.
+between -1 and 1, a round at most doubles what it scales (of more than two, what is beyond `LARGEST_SCALE` is cut off).
+So what a row gives depends on no other row, to the last bit, as in the graphs of `ulimi.export.fix_scales`. The two
+matrices of a round are multiplied out: what lies between them has no such bound.
 
 Source of the operators' shapes: the ONNX specification, operators Scan, QuantizeLinear and MatMulInteger.
 """
@@ -22,8 +22,8 @@ from ulimi.model import AWDLSTM
 
 OPSET = 17
 IR_VERSION = 9
-LARGEST_SCALE = 2.0
-"""of an int8 factor, as a multiple of what it was before the rounds; what is beyond is cut off there"""
+LARGEST_SCALE = 4.0
+"""of an int8 factor, as a multiple of what it was before the rounds"""
 
 
 def build_mogrifier_graph(model: AWDLSTM, weights_sha256: str, *, int8: bool) -> onnx.ModelProto:
@@ -55,7 +55,7 @@ class _Graph:
         x = self._look_up(table, model.tie_weights)
         states = [self._node("Squeeze", [name, first]) for name in shapes]
         self._nodes = self._body
-        y, bound = "x", float(np.abs(table).max())
+        y, bound = "x_t", float(np.abs(table).max())
         after: dict[str, str] = {}
         for i, layer in enumerate(model.layers):
             y, after[f"c{i}"] = self._layer(i, layer, y, bound)
@@ -69,7 +69,7 @@ class _Graph:
         body = helper.make_graph(
             self._body,
             "step",
-            [_rows(name, size) for name, size in {**shapes, "x": table.shape[1]}.items()],
+            [_rows(f"{name}_t", size) for name, size in {**shapes, "x": table.shape[1]}.items()],
             [_rows(name, size) for name, size in zip(body_outputs, widths, strict=True)],
         )
         finals, read = [f"{name}_last" for name in shapes], "read"
@@ -101,9 +101,9 @@ class _Graph:
     def _layer(self, i: int, layer: Any, x: str, bound: float) -> tuple[str, str]:
         """Write one step of a layer; give the names of its output and its cell. `bound` is that of the input."""
         lstm = layer.lstm
-        h, bounds = f"h{i}", {True: bound, False: 1.0}
+        h, bounds = f"h{i}_t", {True: bound, False: 1.0}
         most = {kind: LARGEST_SCALE * value for kind, value in bounds.items()}
-        for r, (down_KS, up_MK) in enumerate(layer.gates()):
+        for r, (down_KS, up_MK) in enumerate(layer.round_matrices()):
             scales_x = r % 2 == 0
             looked_at, scaled = (h, x) if scales_x else (x, h)
             matrix_SM = (as_array(up_MK) @ as_array(down_KS)).T
@@ -111,7 +111,7 @@ class _Graph:
             scale = self._node("Mul", [self._node("Sigmoid", [z]), self._weight("two", np.float32(2))])
             result = self._node("Mul", [scaled, scale])
             x, h = (result, h) if scales_x else (x, result)
-            bounds[scales_x] = most[scales_x]
+            bounds[scales_x] = min(2 * bounds[scales_x], most[scales_x])
         of_x = self._product(x, f"w{i}", as_array(lstm.weight_ih_l0).T, bounds[True])
         of_h = self._product(h, f"r{i}", as_array(lstm.weight_hh_l0).T, bounds[False])
         bias = self._weight(f"b{i}", as_array(lstm.bias_ih_l0) + as_array(lstm.bias_hh_l0))
@@ -120,7 +120,7 @@ class _Graph:
         self._nodes.append(helper.make_node("Split", [gates], parts, axis=1))
         i_gate, f_gate, o_gate = (self._node("Sigmoid", [parts[k]]) for k in (0, 1, 3))
         new = self._node("Mul", [i_gate, self._node("Tanh", [parts[2]])])
-        cell = self._node("Add", [self._node("Mul", [f_gate, f"c{i}"]), new])
+        cell = self._node("Add", [self._node("Mul", [f_gate, f"c{i}_t"]), new])
         return self._node("Mul", [o_gate, self._node("Tanh", [cell])]), cell
 
     def _product(self, left: str, name: str, matrix_SM: NDArray[np.float32], bound: float) -> str:
@@ -156,7 +156,7 @@ class _Graph:
         return output
 
     def _weight(self, name: str, values: Any) -> str:
-        self._weights[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(np.shape(values)), name)
+        self._weights[name] = numpy_helper.from_array(np.asarray(values, order="C"), name)
         return name
 
 
@@ -164,7 +164,7 @@ def _rows(name: str, size: int) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
 
 
-def as_array(values: Any) -> NDArray[np.float32]:
+def as_array(values: torch.Tensor | torch.nn.Module) -> NDArray[np.float32]:
     """Give a network's weights, which PyTorch's types call tensors or modules, as float32."""
     assert isinstance(values, torch.Tensor)
     matrix: NDArray[np.float32] = values.detach().float().cpu().numpy()
