@@ -18,7 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -377,6 +377,52 @@ def drop(weight_GH: Tensor, kept_GH: Tensor | None, scale: Tensor | None) -> Ten
     return weight_GH if kept_GH is None or scale is None else (weight_GH * kept_GH).mul_(scale)
 
 
+def make_room(x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the outputs and cells of all steps, (S, B, H) where S = T + 1, with those before the first filled in."""
+    hidden_SBH, cell_SBH = (x_TBI.new_empty(len(x_TBI) + 1, *s.shape) for s in (h_BH, c_BH))
+    hidden_SBH[0], cell_SBH[0] = h_BH, c_BH
+    return hidden_SBH, cell_SBH
+
+
+def incoming_gradients(
+    cell_SBH: Tensor, grad_TBH: Tensor | None, grad_h_BH: Tensor | None, grad_c_BH: Tensor | None
+) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+    """Give a layer's gradients as the kernels take them: of each step's output, of the last state's h and c.
+
+    What did not come is zeros; that of c is nobody else's, since it is changed in place.
+    """
+    zeros_BH = torch.zeros_like(cell_SBH[0])
+    grads = [zeros_BH] * (len(cell_SBH) - 1) if grad_TBH is None else grad_TBH.contiguous().unbind()
+    grad_h_BH = zeros_BH if grad_h_BH is None else grad_h_BH.contiguous()
+    grad_c_BH = (zeros_BH if grad_c_BH is None else grad_c_BH).clone(memory_format=torch.contiguous_format)
+    return grads, grad_h_BH, grad_c_BH
+
+
+def weight_gradients(
+    grad_TBG: Tensor,
+    x_NI: Tensor | None,
+    h_NH: Tensor | None,
+    kept_GH: Tensor | None,
+    scale: Tensor | None,
+    half: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Give the gradients of `weight_ih` and `weight_hh`, from the gates' and what each was multiplied by, if it is."""
+    grad_NG = grad_TBG.flatten(0, 1)
+    size = grad_NG.size(1) // 4
+    factors = [None if y is None else rounded(y, half) for y in (x_NI, h_NH)]
+    grads = [None if y is None else grad_NG.new_empty(4 * size, y.size(1)) for y in (x_NI, h_NH)]
+    # A gate at a time: its gradient has to be transposed, and all of them are large.
+    for gate in range(4):
+        rows = slice(gate * size, (gate + 1) * size)
+        grad_HN = transpose(grad_NG[:, rows])
+        for grad, factor in zip(grads, factors, strict=True):
+            if grad is not None and factor is not None:
+                grad[rows] = product(grad_HN, factor)
+        if grads[1] is not None and kept_GH is not None and scale is not None:
+            grads[1][rows] *= kept_GH[rows] * scale
+    return grads[0], grads[1]
+
+
 class _LSTM(torch.autograd.Function):
     """Memory: the gates of all steps, which become their own gradients, outputs, cells, and a byte for each mask's."""
 
@@ -386,8 +432,7 @@ class _LSTM(torch.autograd.Function):
         mask_GH: Tensor | None, half: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         x_TBI = x_TBI.contiguous()
-        hidden_SBH, cell_SBH = (x_TBI.new_empty(len(x_TBI) + 1, *s.shape) for s in (h_BH, c_BH))  # S = T + 1
-        hidden_SBH[0], cell_SBH[0] = h_BH, c_BH
+        hidden_SBH, cell_SBH = make_room(x_TBI, h_BH, c_BH)
         kept_GH, ctx.scale = (None, None) if mask_GH is None else (mask_GH != 0, mask_GH.amax())
         times_weight_hh = right_factor(drop(weight_hh_GH, kept_GH, ctx.scale).t(), len(h_BH), half)
         ctx.gates_TBG = _recur(x_TBI, hidden_SBH, cell_SBH, weight_ih_GI, times_weight_hh, bias_G, half)
@@ -407,11 +452,7 @@ class _LSTM(torch.autograd.Function):
         if gates_TBG is None:  # a second pass backward; the first has written over them
             times_weight_hh = right_factor(drop(weight_hh_GH, kept_GH, ctx.scale).t(), x_TBI.size(1), half)
             gates_TBG = _recur(x_TBI, hidden_SBH.clone(), cell_SBH.clone(), weight_ih_GI, times_weight_hh, bias_G, half)
-        zeros_BH = torch.zeros_like(cell_SBH[0])
-        grads = [zeros_BH] * len(x_TBI) if grad_TBH is None else grad_TBH.contiguous().unbind()
-        grad_h_BH = zeros_BH if grad_h_BH is None else grad_h_BH.contiguous()
-        # What is changed in place must be nobody else's.
-        grad_c_BH = (zeros_BH if grad_c_BH is None else grad_c_BH).clone(memory_format=torch.contiguous_format)
+        grads, grad_h_BH, grad_c_BH = incoming_gradients(cell_SBH, grad_TBH, grad_h_BH, grad_c_BH)
         times_weight_hh = right_factor(drop(weight_hh_GH, kept_GH, ctx.scale), x_TBI.size(1), half)
         backward = kernels().backward
         gates, cell = gates_TBG.unbind(), cell_SBH.unbind()
@@ -422,19 +463,9 @@ class _LSTM(torch.autograd.Function):
 
         grad_NG = gates_TBG.flatten(0, 1)
         needs_x, _, _, needs_ih, needs_hh, needs_bias, *_ = ctx.needs_input_grad
-        grad_ih_GI = torch.empty_like(weight_ih_GI) if needs_ih else None
-        grad_hh_GH = torch.empty_like(weight_hh_GH) if needs_hh else None
-        x_NI, before_NH = (rounded(x.flatten(0, 1), half) for x in (x_TBI, hidden_SBH[:-1]))
-        # A gate at a time: its gradient has to be transposed, and all of them are large.
-        for gate in range(4):
-            rows = slice(gate * weight_hh_GH.size(1), (gate + 1) * weight_hh_GH.size(1))
-            grad_HN = transpose(grad_NG[:, rows])
-            if grad_ih_GI is not None:
-                grad_ih_GI[rows] = product(grad_HN, x_NI)
-            if grad_hh_GH is not None:
-                grad_hh_GH[rows] = product(grad_HN, before_NH)
-                if kept_GH is not None and ctx.scale is not None:
-                    grad_hh_GH[rows] *= kept_GH[rows] * ctx.scale
+        x_NI = x_TBI.flatten(0, 1) if needs_ih else None
+        before_NH = hidden_SBH[:-1].flatten(0, 1) if needs_hh else None
+        grad_ih_GI, grad_hh_GH = weight_gradients(gates_TBG, x_NI, before_NH, kept_GH, ctx.scale, half)
         return (
             product(grad_NG, rounded(weight_ih_GI, half)).view_as(x_TBI) if needs_x else None,
             grad_h_BH,

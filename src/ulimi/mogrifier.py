@@ -23,7 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ulimi.cpu import drop, kernels, product, right_factor, rounded, transpose
+from ulimi.cpu import (
+    drop,
+    incoming_gradients,
+    kernels,
+    make_room,
+    product,
+    right_factor,
+    rounded,
+    transpose,
+    weight_gradients,
+)
 
 Round = tuple[Tensor, Tensor]
 """its matrices, (K, S) and (M, K)"""
@@ -118,8 +128,7 @@ class _Mogrifier(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         x_TBI = x_TBI.contiguous()
         T, B, _ = x_TBI.shape
-        hidden_SBH, cell_SBH = (x_TBI.new_empty(T + 1, *s.shape) for s in (h_BH, c_BH))  # S = T + 1
-        hidden_SBH[0], cell_SBH[0] = h_BH, c_BH
+        hidden_SBH, cell_SBH = make_room(x_TBI, h_BH, c_BH)
         gates_TBG = x_TBI.new_empty(T, B, weight_hh_GH.size(0))
         sigmoids = [x_TBI.new_empty(T, B, up_MK.size(0)) for up_MK in flat[1::2]]
         kept_GH, ctx.scale = (None, None) if mask_GH is None else (mask_GH != 0, mask_GH.amax())
@@ -160,11 +169,7 @@ class _Mogrifier(torch.autograd.Function):
         num_rounds = len(saved) // 3
         sigmoids, flat = saved[:num_rounds], saved[num_rounds:]
         T, B, _ = x_TBI.shape
-        zeros_BH = torch.zeros_like(cell_SBH[0])
-        grads = [zeros_BH] * T if grad_TBH is None else grad_TBH.contiguous().unbind()
-        grad_h_BH = zeros_BH if grad_h_BH is None else grad_h_BH.contiguous()
-        # What is changed in place must be nobody else's.
-        grad_c_BH = (zeros_BH if grad_c_BH is None else grad_c_BH).clone(memory_format=torch.contiguous_format)
+        grads, grad_h_BH, grad_c_BH = incoming_gradients(cell_SBH, grad_TBH, grad_h_BH, grad_c_BH)
         # x and h of all steps after each round; with y = 2 sigmoid(z) y', dz = dy y (1 - sigmoid(z)).
         x_NI, h_NH = x_TBI.flatten(0, 1), hidden_SBH[:-1].flatten(0, 1)
         looked_at: list[Tensor] = []
@@ -198,9 +203,6 @@ class _Mogrifier(torch.autograd.Function):
                 product(transpose(u.flatten(0, 1)), rounded(y_NS, half)),
                 product(transpose(z.flatten(0, 1)), rounded(u_NK, half)),
             ]
-        grad_GN = transpose(gates_TBG.flatten(0, 1))
-        grad_ih_GI, grad_hh_GH = (product(grad_GN, rounded(y, half)) for y in (x_NI, h_NH))
-        if kept_GH is not None:
-            grad_hh_GH *= kept_GH * ctx.scale
+        grad_ih_GI, grad_hh_GH = weight_gradients(gates_TBG, x_NI, h_NH, kept_GH, ctx.scale, half)
         grad_bias_G = gates_TBG.flatten(0, 1).sum(dim=0)
         return grad_x_TBI, grad_h_BH, grad_c_BH, grad_ih_GI, grad_hh_GH, grad_bias_G, None, None, *grad_flat
