@@ -523,7 +523,7 @@ def test_weights_that_were_trained_on_have_their_own_statistics(run):
 def test_a_training_text_that_is_gone_is_one_error(run, tmp_path, corpus_dir):
     (tmp_path / "train.txt").unlink()
     model = load_model(run)
-    with pytest.raises(UlimiError, match=r"training text of .* is not where it was: name it with --stats-from"):
+    with pytest.raises(UlimiError, match=r"training text of .* is not here; name it, or .*, with --stats-from"):
         run_stats(run, model)
     assert kept_files(run) == []
     with pytest.raises(UlimiError, match="elsewhere"):

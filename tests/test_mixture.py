@@ -337,12 +337,18 @@ def test_without_learning_it_scores_as_it_does_without_adapting(works, mixed_dir
     assert nats[0] == pytest.approx(nats[1], rel=1e-6)
 
 
-def test_each_of_its_networks_needs_what_adapting_needs(works, refused, tmp_path, corpus_dir, mixed_dir, ngram_dir):
-    valid = corpus_dir / "valid.txt"
+def test_a_member_without_float_weights_adapts_by_those_of_its_graph(works, tmp_path, corpus_dir, mixed_dir):
     folder = shutil.copytree(mixed_dir, tmp_path / "mixed")
     (folder / "members" / "1" / "model.safetensors").unlink()
-    assert "members/1 has no float weights" in refused("evaluate", valid, "-m", folder, "--dynamic")
-    # Of n-gram models alone there is none.
+    for option in ("--cache", "--dynamic"):
+        args = ("evaluate", corpus_dir / "valid.txt", option, "--json", "-m")
+        whole, rounded = (works(*args, path).json[0]["nats"] for path in (mixed_dir, folder))
+        assert rounded == pytest.approx(whole, rel=0.005)
+        assert rounded != whole
+
+
+def test_there_must_be_a_network_to_adapt(works, refused, tmp_path, corpus_dir, ngram_dir):
+    valid = corpus_dir / "valid.txt"
     make_ngram_run(corpus_dir, tmp_path / "other", order=2, settings=TokenizerSettings(ngram_dir))
     works("mix", ngram_dir, tmp_path / "other", "-o", tmp_path / "ngrams", "--weight", 0.5, "--weight", 0.5)
     for option in ("--cache", "--dynamic"):

@@ -14,9 +14,11 @@ import pytest
 from test_run import WITHOUT_HEAVY, python, refusal
 from ulimi import run as run_module
 from ulimi.cli import DEFAULT_MODEL
+from ulimi.data import encode_file
 from ulimi.engine import OnnxEngine, load_engine
 from ulimi.release import COPIED, MAX_BYTES, READ_BY_PEOPLE, release
 from ulimi.run import CARD, MODELS, ONNX, WEIGHTS, Run, open_run, shipped_models
+from ulimi.score import score_stream
 
 ROOT = Path(__file__).parent.parent
 REAL = MODELS / DEFAULT_MODEL
@@ -128,25 +130,72 @@ def test_figures_come_from_the_graph_quietly_where_there_are_no_weights(small, m
 
 
 @pytest.mark.parametrize(("line", "what"), [
-    ("evaluate text.txt --dynamic", "--dynamic"),
-    ("evaluate text.txt --cache", "--cache"),
-    ("evaluate text.txt --engine torch", "--engine torch"),
-    ("score text.txt --device cuda", "--device cuda"),
-    ("generate --engine torch --seed 1", "--engine torch"),
-    ("suggest Ngi --engine torch", "--engine torch"),
-    ("judge --num 1 --engine torch", "--engine torch"),
-    ("train text.txt --out new --init-from isizulu", "--init-from"),
-    ("export isizulu", "ulimi export"),
-    ("release isizulu --out new --card text.txt", "ulimi release"),
+    ("export isizulu", "ulimi export"), ("release isizulu --out new --card text.txt", "ulimi release"),
 ])  # fmt: skip
-def test_what_needs_float_weights_says_so_in_one_line(small, monkeypatch, capsys, line, what):
+def test_what_would_round_its_weights_again_is_refused_in_one_line(small, monkeypatch, capsys, line, what):
     Path("text.txt").write_text("Abantu bafunda incwadi.\n" * 30)
     code, out, err = call(monkeypatch, capsys, *line.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"ulimi: error: {what}: the shipped model isizulu has no float weights")
     assert WEIGHTS in err
     assert not Path("new").exists()
-    assert not list(small.glob("*.npz"))
+
+
+@pytest.mark.parametrize("line", [
+    "evaluate text.txt --cache", "evaluate text.txt --dynamic --stats-from text.txt",
+    "evaluate text.txt --engine torch", "generate --engine torch --seed 1 --max-tokens 8",
+    "suggest Ngi --engine torch", "judge --num 1 --engine torch",
+    "score text.txt --engine torch",
+])  # fmt: skip
+def test_its_weights_are_read_from_its_graph_where_floats_are_needed(small, monkeypatch, capsys, line):
+    before = sorted(path.name for path in small.iterdir())
+    Path("text.txt").write_text("Abantu bafunda incwadi.\n" * 30)
+    code, out, err = call(monkeypatch, capsys, *line.split())
+    assert code == 0, err
+    assert out
+    assert sorted(path.name for path in small.iterdir()) == before
+
+
+def test_adapting_it_wants_a_text_to_know_gradients_from(small, monkeypatch, capsys):
+    Path("text.txt").write_text("Abantu bafunda incwadi.\n" * 30)
+    code, out, err = call(monkeypatch, capsys, "evaluate", "text.txt", "--dynamic")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--dynamic: the training text of the shipped model isizulu is not here" in err
+    assert "--stats-from" in err
+
+
+def test_where_there_is_no_pytorch_it_is_said_what_brings_it(models):
+    for option in ("--engine torch", "--device cuda"):
+        result = python(f"""{WITHOUT_HEAVY}
+from importlib import util
+find_spec = util.find_spec
+util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+from pathlib import Path
+import ulimi.run
+ulimi.run.MODELS = Path({str(models)!r})
+from ulimi.cli import main
+sys.argv = "ulimi generate --seed 1 {option}".split()
+main()
+""")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert (
+            result.stderr
+            == f"ulimi: error: {option} needs PyTorch and what comes with it: pip install 'ulimi[train]'\n"
+        )
+
+
+def test_a_text_of_ones_own_finetunes_it(small, monkeypatch, capsys, corpus_dir):
+    code, out, err = call(
+        monkeypatch, capsys, "train", corpus_dir, "--out", "new", "--init-from", "isizulu", "optim.max_epochs=1"
+    )
+    assert code == 0, err
+    assert "the model is in new" in out
+    new, old = (load_engine(open_run(Path(name)), kind="onnx") for name in ("new", "isizulu"))
+    run = open_run(Path("new"))
+    assert run.has_weights
+    assert run.tokenizer.to_str() == open_run(Path("isizulu")).tokenizer.to_str()
+    text = encode_file(corpus_dir / "valid.txt", run.tokenizer)
+    assert score_stream(new, text.ids, run.tokenizer.eos_id) < score_stream(old, text.ids, run.tokenizer.eos_id)
 
 
 def test_ngram_takes_the_tokenizer_of_a_shipped_model(small, monkeypatch, capsys, corpus_dir):

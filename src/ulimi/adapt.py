@@ -279,7 +279,9 @@ def run_stats(
         return read_tensors(kept)
     text_path = train_path or run.text_path("train")
     if text_path is None:
-        raise UlimiError(f"--dynamic: the training text of {run.dir} is not where it was: name it with --stats-from")
+        raise UlimiError(
+            f"--dynamic: the training text of {run.name} is not here; name it, or a text like it, with --stats-from"
+        )
     text = encode_file(text_path, run.tokenizer)
     stats = gradient_stats(model, text.ids, on_batches=on_batches)
     if asdict(text.stats).items() <= run.meta["data"]["train"].items():

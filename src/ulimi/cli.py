@@ -184,7 +184,7 @@ def train(
         raise UlimiError("--resume continues the run in --out, which remembers where it started: leave out --init-from")
     source = open_run(init_from) if init_from is not None else None
     if source is not None:
-        source.need_weights("--init-from")
+        source.need_network("--init-from")
     overrides = settings or []
     teaching = open_run(teacher) if teacher is not None else None
     if teaching is not None:

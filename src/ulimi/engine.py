@@ -486,6 +486,20 @@ def write_tensors(tensors: "Mapping[str, torch.Tensor]", path: Path, metadata: d
         unfinished.chmod(0o644)
 
 
+def read_weights(run: Run) -> "dict[str, torch.Tensor]":
+    """Read a run's best weights; where only their graph is left, as of a release, what its numbers tell of them.
+
+    Raises:
+        UlimiError: there are none, or they cannot be read.
+    """
+    path = run.weights_path
+    if path.name != ONNX:
+        return read_tensors(path)
+    from ulimi.graph_weights import read_graph_weights
+
+    return read_graph_weights(path, run.config)
+
+
 def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
     """Build a run's network with its best weights, in evaluation mode.
 
@@ -494,7 +508,7 @@ def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
     """
     from ulimi.model import AWDLSTM
 
-    weights = read_tensors(run.weights_path)
+    weights = read_weights(run)
     try:
         model = AWDLSTM(**run.config)
         if model.tie_weights:
@@ -544,7 +558,8 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto", exact: bo
         raise UlimiError(f"--engine onnx: {run.dir} holds no {ONNX}; `ulimi export {run.dir}` writes it")
     # A folder may hold the graph alone, without the weights that it was made of.
     alone = not run.has_weights
-    has_torch = find_spec("torch") is not None
+    # PyTorch is often there for other reasons, without what reads weights for it.
+    has_torch = all(find_spec(name) is not None for name in ("torch", "safetensors", "onnx"))
     if exact and kind == "auto" and has_torch and not alone:
         kind = "torch"
     if kind == "onnx" or (kind == "auto" and device in ("auto", "cpu") and path.is_file()):
@@ -562,7 +577,9 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto", exact: bo
                     f"--engine onnx: {path} was made of other weights than {WEIGHTS} beside it; "
                     f"`ulimi export {run.dir}` writes it anew"
                 )
-    run.need_weights(f"--engine {kind}" if kind == "torch" else f"--device {device}")
+    if not has_torch and path.is_file():
+        asked = "--engine torch" if kind == "torch" else f"--device {device}"
+        raise UlimiError(f"{asked} needs PyTorch and what comes with it: pip install 'ulimi[train]'")
     if not has_torch:
         raise UlimiError(
             f"{run.dir} holds no {ONNX} of its weights; `ulimi export {run.dir}` writes it, or "

@@ -80,20 +80,21 @@ class Run:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the weights themselves are there, and not their graph alone."""
+        """Whether the float weights are there, and not their graph alone."""
         return (self.dir / WEIGHTS).is_file()
 
     def need_weights(self, what: str) -> None:
-        """Refuse what is no network, and a graph without its weights, on behalf of what needs floats or gradients."""
+        """Refuse what is no network, and a graph without its float weights, on behalf of what would round them."""
         self.need_network(what)
         if not self.has_weights and (self.dir / ONNX).is_file():
             raise UlimiError(
-                f"{what}: {self._name} has no float weights, only their int8 graph ({ONNX}); take a run folder that "
+                f"{what}: {self.name} has no float weights, only their int8 graph ({ONNX}); take a run folder that "
                 f"holds {WEIGHTS}: `ulimi train` makes one, and `make isizulu-model` the one behind the shipped model"
             )
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """What a message calls it."""
         return f"the shipped model {self.dir.name}" if self.dir.parent == MODELS else str(self.dir)
 
     @property
@@ -136,12 +137,15 @@ class Run:
 
     @property
     def weights_path(self) -> Path:
-        """The best weights; an error if no epoch has ended yet."""
-        self.need_weights(WEIGHTS)
-        path = self.dir / WEIGHTS
-        if not path.is_file():
-            raise UlimiError(f"{self.dir}: no {WEIGHTS} yet; the first epoch of its training has not ended")
-        return path
+        """The best weights: the float ones, or where those stayed behind, as of a release, their graph.
+
+        `ulimi.engine.read_weights` reads either. An error if no epoch has ended yet.
+        """
+        self.need_network(WEIGHTS)
+        for path in (self.dir / WEIGHTS, self.dir / ONNX):
+            if path.is_file():
+                return path
+        raise UlimiError(f"{self.dir}: no {WEIGHTS} yet; the first epoch of its training has not ended")
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -166,12 +170,10 @@ class Run:
         return [open_run(self.dir / MEMBERS / str(number)) for number in range(1, len(weights) + 1)]
 
     def networks(self, what: str) -> list["Run"]:
-        """Give the network itself, or those of a mixture; refuse, as `need_weights` does, what has none of floats."""
+        """Give the network itself, or those of a mixture; refuse what has none, on behalf of an option."""
         found = [member for member in self.members() or [self] if member.kind == AWD_LSTM]
         if not found:
             self.need_network(what)
-        for network in found:
-            network.need_weights(what)
         return found
 
     def model_files(self) -> list[Path]:

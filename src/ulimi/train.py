@@ -25,7 +25,7 @@ from ulimi.cpu import has_bfloat16
 from ulimi.cuda import PRECISIONS, GraphedStep, Step, has_cudnn, product_precision
 from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
 from ulimi.distill import Lessons, Teacher, describe_teacher, load_teacher
-from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_tensors, write_tensors
+from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, read_weights, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.export import describe_export, export_onnx
 from ulimi.files import atomic_path, write_json, write_text
@@ -753,7 +753,7 @@ def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
     Raises:
         UlimiError: the two networks differ in size.
     """
-    weights = read_tensors(source.weights_path)
+    weights = read_weights(source)
     own = dict(model.named_parameters())
     old_vocab, new_vocab = source.tokenizer.backend.get_vocab(), tokenizer.backend.get_vocab()
     same_tokens = old_vocab == new_vocab

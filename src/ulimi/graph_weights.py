@@ -1,0 +1,125 @@
+"""A network's weights read back from its graph, where the float ones stayed behind: model.onnx, int8, of a release.
+
+What trains on, adapts or teaches wants floats. Each number of the graph times its scale is a weight again, off by half
+a step of int8 at most; the network that comes out computes nearly what the graph does (of which the activations are
+rounded, too). This undoes `ulimi.export.build_graph`, `ulimi.export.fix_scales` and `ulimi.mogrifier_graph`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from ulimi.engine import FIXED_SCALES
+from ulimi.errors import UlimiError
+
+Matrix = NDArray[np.float32]
+
+
+def read_graph_weights(path: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Give the weights that a graph was made of, as near as its numbers tell.
+
+    Args:
+        path: a model.onnx, as `ulimi.export` writes it, int8 or fp32.
+        config: the keyword arguments of the network, of the run's config.json.
+
+    Returns:
+        The tensors of model.safetensors, float32. The two matrices of a Mogrifier's round stand in the graph as their
+        product alone, which is taken apart by its singular values.
+
+    Raises:
+        UlimiError: it cannot be read, or is the graph of another network.
+    """
+    try:
+        graph = _Graph(onnx.load(path))
+    except (OSError, DecodeError) as error:
+        raise UlimiError(f"{path}: cannot be read: {error}") from None
+    try:
+        return {name: torch.from_numpy(np.array(array)) for name, array in graph.weights(**config).items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UlimiError(f"{path} does not fit the config.json beside it: {error!r}") from None
+
+
+class _Graph:
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self._arrays = {weight.name: numpy_helper.to_array(weight) for weight in proto.graph.initializer}
+        # The two units that keep the scales, see `ulimi.export.fix_scales`.
+        self._num_ends = 2 if any(prop.key == FIXED_SCALES for prop in proto.metadata_props) else 0
+
+    def weights(
+        self,
+        *,
+        num_layers: int,
+        tie_weights: bool = True,
+        mogrifier_rounds: int = 0,
+        mogrifier_rank: int = 32,
+        **_: Any,
+    ) -> dict[str, Matrix]:
+        decoder_VH = self._without_ends(self._matrix("decoder")).T
+        bias_V = self._arrays["bias"]
+        if "embedding" in self._arrays or "embedding_quantized" in self._arrays:
+            embedding_VE = self._without_ends(self._matrix("embedding").T).T
+        else:
+            embedding_VE = decoder_VH
+            # What the two ends add to each logit had been taken out of the bias.
+            bias_V = bias_V + 2 * 127 * self._arrays["decoder_scale"] * bool(self._num_ends)
+        weights = {"model.embed_tokens.weight": embedding_VE, "lm_head.bias": bias_V}
+        if not tie_weights:
+            weights["lm_head.weight"] = decoder_VH
+        for i in range(num_layers):
+            layer = f"model.layers.{i}"
+            tensors = self._mogrifier(i) if mogrifier_rounds else self._lstm(i)
+            for name, array in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), tensors, strict=True):
+                weights[f"{layer}.lstm.{name}_l0"] = array
+            for r in range(mogrifier_rounds):
+                down_KS, up_MK = _factors(self._matrix(f"q{i}_{r}").T, mogrifier_rank)
+                weights |= {f"{layer}.rounds.{r}.0.weight": down_KS, f"{layer}.rounds.{r}.1.weight": up_MK}
+        return weights
+
+    def _lstm(self, i: int) -> tuple[Matrix, ...]:
+        """(4H, I), (4H, H), (4H,), (4H,), with PyTorch's order of gates."""
+        n = self._num_ends
+        w, r, b = (self._matrix(f"{name}{i}")[0] for name in "wrb")
+        if f"w{i}_quantized" in self._arrays:  # it has them turned
+            w, r = w.T, r.T
+        width = r.shape[1]
+        # A layer's input ends with the two columns of the embedding, or with the two units of the layer before.
+        w, r = (self._without_ends(matrix.T).T for matrix in (w, r))
+        parts = [gate[: width - n] for array in (w, r, *np.split(b, 2)) for gate in np.split(array, 4)]
+        # ONNX has i, o, f, g.
+        return tuple(np.concatenate([parts[k + j] for j in (0, 2, 3, 1)]) for k in range(0, 16, 4))
+
+    def _mogrifier(self, i: int) -> tuple[Matrix, ...]:
+        bias = self._arrays[f"b{i}"]  # the sum of both
+        return self._matrix(f"w{i}").T, self._matrix(f"r{i}").T, bias, np.zeros_like(bias)
+
+    def _without_ends(self, matrix: Matrix) -> Matrix:
+        return matrix[: len(matrix) - self._num_ends]
+
+    def _matrix(self, name: str) -> Matrix:
+        """Give a matrix as floats, whichever of the three ways the graph has it."""
+        if f"{name}_quantized" in self._arrays:
+            whole, scale, zero = (self._arrays[f"{name}_{part}"] for part in ("quantized", "scale", "zero_point"))
+            exact: Matrix = (whole.astype(np.float32) - zero.astype(np.float32)) * scale
+            return exact
+        array: Matrix = self._arrays[name]
+        if array.dtype != np.int8:
+            return array
+        # Of a decoder and the like the scale holds that of what it multiplies, too.
+        scaled: Matrix = array * (self._arrays[f"{name}_scale"] / self._arrays.get(f"{name}_left", np.float32(1)))
+        return scaled
+
+
+def _factors(product_MS: Matrix, rank: int) -> tuple[Matrix, Matrix]:
+    """Take a product apart: (K, S) and (M, K) of even size, whose product, second times first, is nearest to it."""
+    u_MN, s_N, vt_NS = np.linalg.svd(product_MS, full_matrices=False)
+    root_N = np.sqrt(s_N[:rank])
+    down, up = root_N[:, None] * vt_NS[:rank], u_MN[:, :rank] * root_N
+    pad = rank - len(root_N)
+    return np.pad(down, ((0, pad), (0, 0))), np.pad(up, ((0, 0), (0, pad)))

@@ -1,0 +1,147 @@
+"""Weights read back from a graph are those that it was made of, as near as int8 tells."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from test_run import refusal
+from ulimi import export
+from ulimi.engine import OnnxEngine, TorchEngine, load_engine, load_model
+from ulimi.graph_weights import read_graph_weights
+from ulimi.model import AWDLSTM
+from ulimi.run import ONNX, WEIGHTS, open_run
+
+SIZES = {"vocab_size": 60, "embedding_size": 12, "hidden_size": 24, "num_layers": 2}
+ROUNDS = {"mogrifier_rounds": 3, "mogrifier_rank": 4}
+KINDS = pytest.mark.parametrize("more", [{}, ROUNDS], ids=["lstm", "mogrifier"])
+TIES = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+
+
+def make(tied, more):
+    config = {**SIZES, "tie_weights": tied, **more}
+    model = AWDLSTM(**config, rng=torch.Generator().manual_seed(3)).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(5)  # logits of some size
+        model.lm_head.bias.uniform_(-1, 1, generator=torch.Generator().manual_seed(4))
+    return model, config
+
+
+def write(model, path, *, int8):
+    if int8 and not model.mogrifier_rounds:
+        onnx.save(export.build_graph(model, "abc"), path.with_name("fp32.onnx"))
+        export.write_int8(path.with_name("fp32.onnx"), path)
+    else:
+        graph = export.build_mogrifier_graph(model, "abc", int8=True) if int8 else export.build_graph(model, "abc")
+        onnx.save(graph, path)
+
+
+def comparable(weights):
+    """What a network computes with: of a Mogrifier the sum of the biases, and of each round the product."""
+    found = {}
+    for name, tensor in weights.items():
+        if name.endswith("bias_ih_l0"):
+            found[name] = tensor + weights[name.replace("_ih_", "_hh_")]
+        elif ".rounds." in name:
+            if name.endswith("0.weight"):
+                found[name] = weights[name.replace("0.weight", "1.weight")] @ tensor
+        elif not name.endswith("bias_hh_l0"):
+            found[name] = tensor
+    return found
+
+
+@KINDS
+@TIES
+def test_of_float_graphs_they_are_the_weights(tmp_path, tied, more):
+    model, config = make(tied, more)
+    write(model, tmp_path / ONNX, int8=False)
+    weights, own = read_graph_weights(tmp_path / ONNX, config), dict(model.named_parameters())
+    assert weights.keys() == own.keys()
+    assert {name: (t.shape, t.dtype) for name, t in weights.items()} == {n: (t.shape, t.dtype) for n, t in own.items()}
+    if not more:
+        assert all(torch.equal(weights[name], own[name]) for name in own)
+    theirs = comparable(own)
+    for name, tensor in comparable(weights).items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-6, rtol=0, msg=name)
+
+
+@KINDS
+@TIES
+def test_of_int8_graphs_they_are_within_half_a_step(tmp_path, tied, more):
+    model, config = make(tied, more)
+    write(model, tmp_path / ONNX, int8=True)
+    own = comparable(dict(model.named_parameters()))
+    for name, tensor in comparable(read_graph_weights(tmp_path / ONNX, config)).items():
+        step = own[name].abs().max() / 127
+        # An untied embedding goes by 255 steps from its least to its largest. A round's product was rounded as a whole,
+        # and then brought back to its rank.
+        allowed = 1e-5 if "bias" in name else step * (2 if ".rounds." in name else 0.51)
+        assert (tensor - own[name]).abs().max() <= allowed, name
+        assert tensor.shape == own[name].shape
+
+
+@KINDS
+@TIES
+def test_the_network_of_them_computes_what_the_graph_computes(tmp_path, tied, more):
+    """Closer than the network that the graph was made of, whose weights are not rounded."""
+    model, config = make(tied, more)
+    write(model, tmp_path / ONNX, int8=True)
+    again = AWDLSTM(**config).eval()
+    weights = read_graph_weights(tmp_path / ONNX, config)
+    again.load_state_dict(weights | ({"lm_head.weight": weights["model.embed_tokens.weight"]} if tied else {}))
+    ids_BT = np.random.default_rng(0).integers(60, size=(8, 41))
+    nll = {}
+    for name, engine in {
+        "graph": OnnxEngine(tmp_path / ONNX),
+        "again": TorchEngine(again),
+        "first": TorchEngine(model),
+    }.items():
+        nll[name], _ = engine.nll(ids_BT[:, :-1], ids_BT[:, 1:], engine.initial_state(8))
+    off = np.abs(nll["again"] - nll["graph"]).mean()
+    assert off < np.abs(nll["first"] - nll["graph"]).mean()
+    assert off < 0.02
+
+
+@pytest.fixture
+def released(tmp_path, tiny_run):
+    """The tiny run as a release has it: without float weights."""
+    folder = tmp_path / "released"
+    shutil.copytree(tiny_run.dir, folder)
+    (folder / WEIGHTS).unlink()
+    shutil.rmtree(folder / "last")
+    return open_run(folder)
+
+
+def test_a_release_runs_on_pytorch(released, tiny_run):
+    ids_BT = np.random.default_rng(0).integers(320, size=(3, 30))
+    nll = []
+    for run in (released, tiny_run):
+        engine = load_engine(run, "cpu", kind="torch")
+        nll.append(engine.nll(ids_BT[:, :-1], ids_BT[:, 1:], engine.initial_state(3))[0])
+    np.testing.assert_allclose(nll[0], nll[1], atol=0.05)
+    assert not np.array_equal(nll[0], nll[1])
+    weights = load_file(tiny_run.weights_path)
+    assert load_model(released).lm_head.bias.tolist() == pytest.approx(weights["lm_head.bias"].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"num_layers": 3}, {"tie_weights": False}, {"hidden_size": 9}, {"num_layers": "x"}, {"mogrifier_rounds": 1}],
+)
+def test_a_graph_of_another_network_is_refused(released, changed):
+    path = released.dir / "config.json"
+    config = json.loads(path.read_text())
+    config["awd_lstm"] |= changed
+    path.write_text(json.dumps(config))
+    assert f"{ONNX} does not fit" in refusal(lambda: load_model(open_run(released.dir)))
+
+
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_a_graph_that_is_cut_off_is_refused(released, size):
+    path = released.dir / ONNX
+    path.write_bytes(path.read_bytes()[:size])
+    assert ONNX in refusal(lambda: load_model(released))
