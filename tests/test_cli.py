@@ -25,7 +25,7 @@ from conftest import TINY, synthetic_lines
 from ulimi import __version__, cli
 from ulimi.adapt import Cache, Dynamic
 from ulimi.files import write_json
-from ulimi.recipe import recipe_names
+from ulimi.recipe import load_recipe, recipe_names
 from ulimi.run import CHECKPOINT, FORMAT, WEIGHTS, open_run
 
 QUICK = (*TINY, "optim.max_epochs=1")
@@ -105,6 +105,23 @@ def test_finetuning_takes_the_settings_of_its_source(works, tmp_path, text_file,
     assert run.recipe["optim"] == {**tiny_run.recipe["optim"], "max_epochs": 1}
     assert run.meta["init_from"] == str(tiny_run.dir.resolve())
     assert contents(tiny_run.dir) == before
+
+
+def test_finetuning_by_a_recipe_keeps_the_sizes_of_its_source(works, refused, tmp_path, corpus_dir, tiny_run):
+    common = ("train", corpus_dir, "-o", tmp_path / "run", "--recipe", "demo")
+    works(*common, "optim.max_epochs=1", "--init-from", tiny_run.dir)
+    run, demo = open_run(tmp_path / "run"), load_recipe("demo")
+    sizes = ("embedding_size", "hidden_size", "num_layers", "tie_weights", "mogrifier_rounds", "mogrifier_rank")
+    assert {key: run.recipe["model"][key] for key in sizes} == {key: tiny_run.recipe["model"][key] for key in sizes}
+    assert run.config["hidden_size"] != demo.model.hidden_size
+    assert run.recipe["model"]["input_dropout"] == demo.model.input_dropout
+    assert run.recipe["optim"] == {**demo.model_dump(mode="json")["optim"], "max_epochs": 1}
+    assert run.recipe["tokenizer"] == tiny_run.recipe["tokenizer"]
+    # It goes on with the recipe named, too.
+    works(*common, "optim.max_epochs=2", "--resume")
+    assert len(open_run(tmp_path / "run").metrics()) == 2
+    said = refused(*common[:2], "-o", tmp_path / "new", "--init-from", tiny_run.dir, "model.hidden_size=20", notes=True)
+    assert "other sizes" in said
 
 
 def test_finetuning_of_nt_asgd_averages_from_the_start(works, tmp_path, corpus_dir):

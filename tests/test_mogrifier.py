@@ -20,7 +20,7 @@ from ulimi.model import AWDLSTM
 from ulimi.mogrifier_graph import build_mogrifier_graph
 from ulimi.recipe import load_recipe
 from ulimi.run import open_run
-from ulimi.train import train
+from ulimi.train import adopt_weights, train
 
 MOGRIFIED = ["model.mogrifier_rounds=3", "model.mogrifier_rank=5"]
 TINY = [
@@ -274,10 +274,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path, corpus_dir):
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_a_plain_network_cannot_start_one(run, tiny_run, tmp_path, corpus_dir):
+def test_a_plain_network_may_start_one_that_computes_the_same_at_first_and_then_learns(tiny_run, tmp_path, corpus_dir):
+    corpus = open_corpus(corpus_dir, tmp_path / "corpus")
+    recipe = load_recipe(None, [*TINY, f"model.tie_weights={json.dumps(tiny_run.config['tie_weights'])}"])
+    plain, grown = load_model(tiny_run), AWDLSTM(**tiny_run.config | recipe_rounds(recipe))
+    adopt_weights(grown, tiny_run.tokenizer, tiny_run)
+    tokens_BT = torch.randint(plain.vocab_size, (3, 20), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(grown.eval()(tokens_BT).logits, plain(tokens_BT).logits, atol=1e-5, rtol=0)
+    train(corpus, tmp_path / "run", recipe, init_from=tiny_run)
+    seconds = [up_MK for layer in load_model(open_run(tmp_path / "run")).layers for _, up_MK in layer.round_matrices()]
+    assert len(seconds) == 2 * recipe.model.mogrifier_rounds
+    assert all(up_MK.abs().max() > 1e-4 for up_MK in seconds)
+
+
+def recipe_rounds(recipe):
+    return {"mogrifier_rounds": recipe.model.mogrifier_rounds, "mogrifier_rank": recipe.model.mogrifier_rank}
+
+
+@pytest.mark.parametrize("change", ["mogrifier_rounds=0", "mogrifier_rounds=2", "mogrifier_rank=6"])
+def test_rounds_that_are_there_stay_as_they_are(run, tmp_path, corpus_dir, change):
     corpus = open_corpus(corpus_dir, tmp_path / "corpus")
     with pytest.raises(UlimiError, match="mogrifier_rounds and mogrifier_rank"):
-        train(corpus, tmp_path / "run", load_recipe(None, TINY), init_from=tiny_run)
+        train(corpus, tmp_path / "run", load_recipe(None, [*TINY, f"model.{change}"]), init_from=run)
 
 
 def test_a_run_of_before_there_were_rounds_goes_on(tiny_run, tmp_path, corpus_dir, ulimi):

@@ -171,7 +171,7 @@ def train(
     from ulimi.corpus import open_corpus
     from ulimi.cpu import keep_freed_memory
     from ulimi.progress import TrainingProgress
-    from ulimi.recipe import build_recipe, load_recipe
+    from ulimi.recipe import build_recipe, load_recipe, size_overrides
     from ulimi.run import open_run
     from ulimi.train import Interrupted, claim_folder, find_teacher
     from ulimi.train import train as run_training
@@ -196,9 +196,12 @@ def train(
         raise UlimiError("--init-from keeps that run's tokenizer: tokenizer settings need --new-tokenizer")
     begun = open_run(out) if resume and (out / "recipe.toml").is_file() else None
     if recipe is not None:
-        chosen = load_recipe(recipe, overrides)
-        if begun is not None and begun.meta.get("teacher"):
-            # The tokenizer was the teacher's, whatever the recipe said.
+        # Weights that are there have their sizes, whatever the recipe says of a network from scratch.
+        sized = source or (begun if begun is not None and begun.meta.get("init_from") else None)
+        sizes = [] if sized is None else size_overrides(sized.recipe, source=f"{sized.dir}/recipe.toml")
+        chosen = load_recipe(recipe, [*sizes, *overrides])
+        if begun is not None and (begun.meta.get("teacher") or sized is not None):
+            # Likewise the tokenizer, which was that run's, or the teacher's.
             own = build_recipe(begun.recipe, source=f"{out}/recipe.toml")
             chosen = chosen.model_copy(update={"tokenizer": own.tokenizer})
     elif begun is not None:

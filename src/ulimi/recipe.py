@@ -6,6 +6,7 @@ documentation; the predecessors' flag stands in brackets. A run folder holds its
 that a later change of a default changes no run that exists.
 """
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -31,6 +32,10 @@ OPTIM_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Each optimizer has its own scale of learning rate: 30 makes AdamW diverge, 5e-3 makes SGD stand still."""
+
+
+SIZES = ("embedding_size", "hidden_size", "num_layers", "tie_weights", "mogrifier_rounds", "mogrifier_rank")
+"""of [model]: what weights fit; the rest of it are dropouts"""
 
 
 class _Section(BaseModel):
@@ -213,6 +218,12 @@ def build_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), *, 
         raise UlimiError(f"{source}: {_describe(error)}") from None
     _check_together(recipe, source)
     return recipe
+
+
+def size_overrides(settings: Mapping[str, Any], *, source: str = "recipe") -> list[str]:
+    """Give the sizes of a recipe's network as overrides, for another recipe that is to train on from its weights."""
+    model = build_recipe(settings, source=source).model.model_dump()
+    return [f"model.{key}={json.dumps(model[key])}" for key in SIZES]
 
 
 def recipe_headline(name: str) -> str:

@@ -750,6 +750,9 @@ def validation_nats(model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int, alph
 def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
     """Start from another run's best weights; pieces that its tokenizer lacks get the mean vector.
 
+    A Mogrifier may start from plain LSTMs: each round's second matrix is 0 then, its scale 1, so that it computes what
+    they do until it has learnt something else.
+
     Raises:
         UlimiError: the two networks differ in size.
     """
@@ -758,15 +761,21 @@ def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
     old_vocab, new_vocab = source.tokenizer.backend.get_vocab(), tokenizer.backend.get_vocab()
     same_tokens = old_vocab == new_vocab
     per_token = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
-    if set(weights) != set(own) or any(
-        weights[n].shape[n in per_token :] != own[n].shape[n in per_token :] for n in own
+    grown = {n for n in own if ".rounds." in n} if not any(".rounds." in n for n in weights) else set()
+    if set(weights) != set(own) - grown or any(
+        weights[n].shape[n in per_token :] != own[n].shape[n in per_token :] for n in weights
     ):
         raise UlimiError(
-            f"--init-from {source.dir}: its network has other sizes than this recipe's; leave model.embedding_size, "
-            "hidden_size, num_layers, tie_weights, mogrifier_rounds and mogrifier_rank as they are there"
+            f"--init-from {source.name}: its network has other sizes than this recipe's; leave model.embedding_size, "
+            "hidden_size, num_layers and tie_weights as they are there, and mogrifier_rounds and mogrifier_rank, too, "
+            "if it has such rounds"
         )
     with torch.no_grad():
         for name, parameter in own.items():
+            if name in grown:
+                if name.endswith(".1.weight"):
+                    parameter.zero_()
+                continue
             old = weights[name].to(parameter.device)
             if name in per_token and not same_tokens:
                 parameter.copy_(old.mean(dim=0, keepdim=True).expand_as(parameter))
