@@ -509,7 +509,7 @@ def test_what_makes_no_numbers_of_probabilities_is_one_line(refused, run_dir, co
     assert f"valid.txt: the model's probabilities are no numbers; too extreme may be {option} 1e+300" in said
 
 
-def test_score_gives_a_row_a_line(works, tmp_path, tiny_run):
+def test_score_gives_a_row_a_line(works, ulimi, tmp_path, tiny_run):
     lines = ["Abantu bafunda.", "", "\t Izingane 😀", "Umfundi uyafunda kakhulu namhlanje."]
     path = tmp_path / "lines.txt"
     path.write_text("\n".join(lines) + "\n")
@@ -528,6 +528,10 @@ def test_score_gives_a_row_a_line(works, tmp_path, tiny_run):
         nats, num_tokens, num_chars, bits, text = line.split("\t", 4)
         assert (nats, bits, text) == (f"{row['nats']:.4f}", f"{row['bits_per_char']:.4f}", row["text"])
         assert (int(num_tokens), int(num_chars)) == (row["num_tokens"], row["num_chars"])
+    # No lines are a table of none; of a file that is not there is no table.
+    assert works("score", "-m", tiny_run.dir, stdin=b"").out.splitlines() == table[:1]
+    missing = ulimi("score", tmp_path / "none.txt", "-m", tiny_run.dir)
+    assert (missing.code, missing.out) == (2, "")
     assert works("score", "-m", tiny_run.dir, stdin=b"").out.splitlines() == table[:1]
 
 

@@ -185,6 +185,7 @@ def test_explain_is_a_recipe_with_every_setting_documented(tmp_path, name):
     (f"model.hidden_size={10**21}", [f"model.hidden_size = {10**21}", "less than or equal to 100000000"]),
     (f"model.embedding_size={10**21}", ["model.embedding_size = ", "less than or equal to 100000000"]),
     ("model.num_layers=0", ["model.num_layers = 0"]),
+    ("model.num_layers=1001", ["model.num_layers = 1001", "less than or equal to 1000"]),
     ("model.weight_dropout=1", ["model.weight_dropout = 1", "less than 1"]),
     ("model.weight_dropout=-0.1", ["model.weight_dropout = -0.1"]),
     ("model.tie_weights=maybe", ["model.tie_weights = 'maybe'"]),

@@ -17,7 +17,7 @@ from ulimi.cli import DEFAULT_MODEL
 from ulimi.data import encode_file
 from ulimi.engine import OnnxEngine, load_engine
 from ulimi.release import COPIED, MAX_BYTES, READ_BY_PEOPLE, release
-from ulimi.run import CARD, MODELS, ONNX, WEIGHTS, Run, open_run, shipped_models
+from ulimi.run import CARD, MODELS, ONNX, SOURCE_CARD, WEIGHTS, Run, open_run, shipped_models
 from ulimi.score import score_stream
 
 ROOT = Path(__file__).parent.parent
@@ -193,6 +193,19 @@ def test_a_text_of_ones_own_finetunes_it(small, monkeypatch, capsys, corpus_dir)
     new, old = (load_engine(open_run(Path(name)), kind="onnx") for name in ("new", "isizulu"))
     run = open_run(Path("new"))
     assert run.has_weights
+    # What the shipped model's licence asks for goes with what was made of it, and with what is made of that.
+    assert (run.dir / SOURCE_CARD).read_text() == (small / CARD).read_text()
+    assert f"see {SOURCE_CARD}" in (run.dir / "README.md").read_text()
+    assert f"{Path('new') / SOURCE_CARD}" in call(monkeypatch, capsys, "info", "new")[1]
+    Path("card.md").write_text("# mine\n")
+    code, _, err = call(monkeypatch, capsys, "release", "new", "--out", "given", "--card", "card.md")
+    assert code == 0, err
+    assert (Path("given") / SOURCE_CARD).read_text() == (small / CARD).read_text()
+    code, _, err = call(
+        monkeypatch, capsys, "train", corpus_dir, "--out", "next", "--init-from", "new", "optim.max_epochs=1"
+    )
+    assert code == 0, err
+    assert (Path("next") / SOURCE_CARD).read_text() == (small / CARD).read_text()
     assert run.tokenizer.to_str() == open_run(Path("isizulu")).tokenizer.to_str()
     text = encode_file(corpus_dir / "valid.txt", run.tokenizer)
     assert score_stream(new, text.ids, run.tokenizer.eos_id) < score_stream(old, text.ids, run.tokenizer.eos_id)

@@ -557,8 +557,8 @@ def score(
     num_unknown = 0
     # Who types lines wants each answer at once; a file is faster in batches.
     at_once = 1 if file == "-" and sys.stdin is not None and sys.stdin.isatty() else 256
-    if not as_json:
-        typer.echo("nats\ttokens\tchars\tbits_per_char\ttext")
+    # A file that cannot be read is found with its first line: then there is no table to head.
+    heading = "" if as_json else "nats\ttokens\tchars\tbits_per_char\ttext\n"
     tokenizer = run.tokenizer
     lines = score_lines(scorer, tokenizer, read_lines(file), lines_at_once=at_once, score_rows=score_rows)
     for line, line_score in lines:
@@ -568,7 +568,9 @@ def score(
             typer.echo(json.dumps({"text": line, **line_score.as_dict(), **told}, ensure_ascii=False))
         else:
             s = line_score
-            typer.echo(f"{s.nats:.4f}\t{s.num_tokens}\t{s.num_chars}\t{s.bits_per_char:.4f}\t{line}")
+            typer.echo(f"{heading}{s.nats:.4f}\t{s.num_tokens}\t{s.num_chars}\t{s.bits_per_char:.4f}\t{line}")
+            heading = ""
+    typer.echo(heading, nl=False)
     _warn_unknown("standard input" if file == "-" else file, num_unknown)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ulimi.errors import UlimiError
-from ulimi.run import AWD_LSTM, CARD, MEMBERS, MIXTURE, NGRAM, Run
+from ulimi.run import AWD_LSTM, CARD, MEMBERS, MIXTURE, NGRAM, SOURCE_CARD, Run
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -43,8 +43,9 @@ def _facts(run: Run, place: Path) -> list[tuple[str, str]]:
         rows += [("trained on", _text(meta["data"]["train"])), ("validated on", _text(meta["data"]["valid"]))]
     if run.kind == AWD_LSTM:
         rows += _training_facts(run)
-    for card in sorted([*run.dir.glob(CARD), *(run.dir / MEMBERS).glob(f"*/{CARD}")]):
-        rows.append(("licence, limits", str(place / card.relative_to(run.dir))))
+    for name, said in ((CARD, "licence, limits"), (SOURCE_CARD, "licence of what it started from")):
+        for card in sorted([*run.dir.glob(name), *(run.dir / MEMBERS).glob(f"*/{name}")]):
+            rows.append((said, str(place / card.relative_to(run.dir))))
     for name, score in meta.get("scores", {}).items():
         rows.append((f"score, {name}", score_text(score)))
     return rows
@@ -135,6 +136,11 @@ def model_card(run: Run, place: Path | None = None) -> str:
         pictured = "\n![validation and training loss](curve.png)\n"
         toml = (run.dir / "recipe.toml").read_text(encoding="utf-8").strip()
         recipe = f"\n## Recipe\n\n```toml\n{toml}\n```\n"
+    inherited = ""
+    if (run.dir / SOURCE_CARD).is_file():
+        inherited = (
+            f"\nIts weights started from a released model, whose licence holds for them, too: see {SOURCE_CARD}.\n"
+        )
     return f"""---
 library_name: ulimi
 pipeline_tag: text-generation
@@ -159,7 +165,7 @@ ulimi evaluate FILE -m {place}
 {recipe}
 The text that a model was trained on decides what may be done with its {made_of}: see to it that its licence allows what
 you intend.
-"""
+{inherited}"""
 
 
 def _text(data: dict[str, Any]) -> str:

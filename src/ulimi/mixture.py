@@ -26,10 +26,10 @@ from ulimi.files import atomic_dir, write_json, write_text
 from ulimi.info import model_card
 from ulimi.progress import counting
 from ulimi.provenance import describe_machine, describe_text, new_meta
-from ulimi.run import CARD, MEMBERS, MIXTURE, Run, are_shares
+from ulimi.run import CARD, MEMBERS, MIXTURE, SOURCE_CARD, Run, are_shares
 from ulimi.score import Score, stream_nll
 
-TOLD = ("meta.json", "tokenizer_config.json", "recipe.toml", "metrics.jsonl", CARD)
+TOLD = ("meta.json", "tokenizer_config.json", "recipe.toml", "metrics.jsonl", CARD, SOURCE_CARD)
 """what a member has beside its model, for `ulimi info`, and for whoever must know its licence"""
 
 LEAST_WEIGHT = 0.001

@@ -75,7 +75,7 @@ class ModelRecipe(_Section):
     """E; a tied last layer is as wide: then it is best not far below H, unless there are many tokens [emsize]"""
     hidden_size: int = Field(512, ge=1, le=100_000_000)
     """H, of every layer but a tied last one [nhid]"""
-    num_layers: int = Field(2, ge=1)
+    num_layers: int = Field(2, ge=1, le=1000)
     """[nlayers]"""
     tie_weights: bool = False
     """decoder matrix = embedding matrix (sec. 4.5): pays with the tens of thousands of a word vocabulary [tied]"""

@@ -14,7 +14,7 @@ from ulimi.engine import load_engine
 from ulimi.errors import UlimiError
 from ulimi.export import MAX_DIFFERENCE, MAX_INT8_COST
 from ulimi.files import atomic_dir, write_json
-from ulimi.run import CARD, ONNX, Run
+from ulimi.run import CARD, ONNX, SOURCE_CARD, Run
 
 MAX_BYTES = 12_000_000
 """of the whole folder: it travels with each copy of the package"""
@@ -52,6 +52,9 @@ def release(run: Run, out: Path, card_path: Path, *, max_bytes: int = MAX_BYTES)
         card = _read_card(card_path)
         for name in COPIED:
             shutil.copyfile(run.dir / name, unfinished / name)
+        # What it started from says under which licence the weights may be given on.
+        if (run.dir / SOURCE_CARD).is_file():
+            shutil.copyfile(run.dir / SOURCE_CARD, unfinished / SOURCE_CARD)
         write_json(unfinished / "meta.json", _meta(run))
         (unfinished / CARD).write_text(card, encoding="utf-8", newline="\n")
         for name in READ_BY_PEOPLE:

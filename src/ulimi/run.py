@@ -10,6 +10,7 @@
     meta.json              format and package version, commit, machine, data, scores
     curve.png, README.md   for people: the curve, the model card
     corpus/                the splits, where one text file was given
+    SOURCE_CARD.md         the card of the release that its training started from
 
 The run of an n-gram model has ngram.npz, its counts, in place of recipe.toml, the weights, and what training leaves.
 That of a mixture has members/1, members/2, …: a run folder each, with what the member needs in order to be used.
@@ -40,6 +41,8 @@ WEIGHTS = "model.safetensors"
 ONNX = "model.onnx"
 NGRAMS = "ngram.npz"
 CARD = "MODEL_CARD.md"
+SOURCE_CARD = "SOURCE_CARD.md"
+"""the card of a release whose weights others were trained on from: its licence holds for those, too"""
 CHECKPOINT = Path("last") / "checkpoint.safetensors"
 
 MEMBERS = Path("members")
@@ -181,6 +184,10 @@ class Run:
         names = (WEIGHTS, ONNX, NGRAMS, "config.json", "tokenizer.json")
         own = [self.dir / name for name in names if (self.dir / name).is_file()]
         return own + [path for member in self.members() for path in member.model_files()]
+
+    def source_card(self) -> Path | None:
+        """Find the card of the release that its weights are, or started from."""
+        return next((path for path in (self.dir / CARD, self.dir / SOURCE_CARD) if path.is_file()), None)
 
     def text_path(self, part: str) -> Path | None:
         """Find the text of a part ("train", "valid"): where the run remembers it, or in its own corpus/, or nowhere."""

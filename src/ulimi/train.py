@@ -36,7 +36,7 @@ from ulimi.optim import RunningAverage, learning_rate, make_optimizer, non_monot
 from ulimi.plot import plot_curve
 from ulimi.provenance import describe_corpus, describe_machine, new_meta
 from ulimi.recipe import Recipe, build_recipe, changed_keys
-from ulimi.run import AWD_LSTM, CHECKPOINT, ONNX, WEIGHTS, Run, open_run, refuse_file, refuse_foreign
+from ulimi.run import AWD_LSTM, CHECKPOINT, ONNX, SOURCE_CARD, WEIGHTS, Run, open_run, refuse_file, refuse_foreign
 from ulimi.score import Score, score_stream
 from ulimi.tokenizer import Tokenizer
 
@@ -287,7 +287,7 @@ class Trainer:
                     self.meta.pop(key, None)
                 write_json(run_dir / "meta.json", self.meta)
         else:
-            self._write_static_files()
+            self._write_static_files(None if init_from is None else init_from.source_card())
             self.save_checkpoint()
         num = sum(p.numel() for p in self.model.parameters())
         reporter.note(
@@ -553,7 +553,7 @@ class Trainer:
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
         }
 
-    def _write_static_files(self) -> None:
+    def _write_static_files(self, source_card: Path | None) -> None:
         shutil.rmtree(self.run_dir / "last", ignore_errors=True)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "metrics.jsonl").unlink(missing_ok=True)
@@ -570,6 +570,8 @@ class Trainer:
             AWD_LSTM: self.config,
         }
         write_json(self.run_dir / "config.json", config)
+        if source_card is not None:
+            write_text(self.run_dir / SOURCE_CARD, source_card.read_text(encoding="utf-8"))
 
     def _append_metrics(self, row: dict[str, Any]) -> None:
         path = self.run_dir / "metrics.jsonl"
@@ -672,7 +674,7 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
     if has_run:
         raise UlimiError(f"{run_dir} already holds a run: continue it with --resume, or give another --out")
     # Before its first checkpoint a run has only these.
-    refuse_foreign(run_dir, {"corpus", LOCK}, {"recipe.toml", "last"})
+    refuse_foreign(run_dir, {"corpus", LOCK}, {"recipe.toml", "last", SOURCE_CARD})
     return None
 
 
