@@ -16,6 +16,7 @@ from ulimi import run as run_module
 from ulimi.cli import DEFAULT_MODEL
 from ulimi.data import encode_file
 from ulimi.engine import OnnxEngine, load_engine
+from ulimi.recipe import load_recipe
 from ulimi.release import COPIED, MAX_BYTES, READ_BY_PEOPLE, release
 from ulimi.run import CARD, MODELS, ONNX, SOURCE_CARD, WEIGHTS, Run, open_run, shipped_models
 from ulimi.score import score_stream
@@ -186,13 +187,30 @@ main()
 
 def test_a_text_of_ones_own_finetunes_it(small, monkeypatch, capsys, corpus_dir):
     code, out, err = call(
-        monkeypatch, capsys, "train", corpus_dir, "--out", "new", "--init-from", "isizulu", "optim.max_epochs=1"
+        monkeypatch,
+        capsys,
+        "train",
+        corpus_dir,
+        "--out",
+        "new",
+        "--init-from",
+        "isizulu",
+        "optim.max_epochs=2",
+        "optim.lr=5e-3",
+        "data.batch_size=4",
     )
     assert code == 0, err
     assert "the model is in new" in out
     new, old = (load_engine(open_run(Path(name)), kind="onnx") for name in ("new", "isizulu"))
     run = open_run(Path("new"))
     assert run.has_weights
+    # The settings are not those that suited its own text, but its sizes are.
+    assert run.recipe["optim"] == {
+        **load_recipe("finetune").model_dump(mode="json")["optim"],
+        "max_epochs": 2,
+        "lr": 5e-3,
+    }
+    assert run.recipe["model"]["hidden_size"] == 24
     # What the shipped model's licence asks for goes with what was made of it, and with what is made of that.
     assert (run.dir / SOURCE_CARD).read_text() == (small / CARD).read_text()
     assert f"see {SOURCE_CARD}" in (run.dir / "README.md").read_text()

@@ -60,6 +60,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object
 DEFAULT_MODEL = Path("isizulu")
 """ships with the package, see `ulimi.run.open_run`"""
 
+FINETUNE = "finetune"
+"""the recipe by which a release is trained on, where none is named"""
+
 PROBABILITY_COLOURS = ("green", "cyan", "yellow", "magenta", "red")
 """by `ulimi.words.PROBABILITY_STEPS`"""
 
@@ -185,6 +188,9 @@ def train(
     source = open_run(init_from) if init_from is not None else None
     if source is not None:
         source.need_network("--init-from")
+        if recipe is None and not source.has_weights:
+            # A release remembers what suited the text that it was made of.
+            recipe = FINETUNE
     overrides = settings or []
     teaching = open_run(teacher) if teacher is not None else None
     if teaching is not None:
