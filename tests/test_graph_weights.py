@@ -36,8 +36,8 @@ def write(model, path, *, int8):
         onnx.save(export.build_graph(model, "abc"), path.with_name("fp32.onnx"))
         export.write_int8(path.with_name("fp32.onnx"), path)
     else:
-        graph = export.build_mogrifier_graph(model, "abc", int8=True) if int8 else export.build_graph(model, "abc")
-        onnx.save(graph, path)
+        text = np.random.default_rng(1).integers(60, size=(8, 30)) if int8 else None
+        onnx.save(export.build_mogrifier_graph(model, "abc", text) if int8 else export.build_graph(model, "abc"), path)
 
 
 def comparable(weights):
@@ -87,7 +87,10 @@ def test_of_int8_graphs_they_are_within_half_a_step(tmp_path, tied, more):
 @KINDS
 @TIES
 def test_the_network_of_them_computes_what_the_graph_computes(tmp_path, tied, more):
-    """Closer than the network that the graph was made of, whose weights are not rounded."""
+    """Closer than the network that the graph was made of, whose weights are not rounded.
+
+    Of a Mogrifier, whose columns have scales of their own, most of what is between them is rounding of activations.
+    """
     model, config = make(tied, more)
     write(model, tmp_path / ONNX, int8=True)
     again = AWDLSTM(**config).eval()
@@ -102,7 +105,7 @@ def test_the_network_of_them_computes_what_the_graph_computes(tmp_path, tied, mo
     }.items():
         nll[name], _ = engine.nll(ids_BT[:, :-1], ids_BT[:, 1:], engine.initial_state(8))
     off = np.abs(nll["again"] - nll["graph"]).mean()
-    assert off < np.abs(nll["first"] - nll["graph"]).mean()
+    assert off < np.abs(nll["first"] - nll["graph"]).mean() * (1.1 if more else 1)
     assert off < 0.02
 
 

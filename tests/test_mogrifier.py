@@ -206,7 +206,9 @@ def test_int8_is_near_and_a_rows_numbers_are_its_own(tmp_path, tied):
                 weight.mul_(2)
             for matrix in layer.rounds.parameters():
                 matrix.mul_(4)  # rounds that have a say
-    onnx.save(build_mogrifier_graph(model, "0", int8=True), tmp_path / "int8.onnx")
+    onnx.save(
+        build_mogrifier_graph(model, "0", np.random.default_rng(1).integers(60, size=(8, 30))), tmp_path / "int8.onnx"
+    )
     engine = OnnxEngine(tmp_path / "int8.onnx")
     assert engine.batch_invariant
     ids_BT = np.random.default_rng(0).integers(60, size=(5, 40))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from ulimi.data import EncodedText
+from ulimi.data import EncodedText, Ids
 from ulimi.engine import FIXED_SCALES, OnnxEngine, TorchEngine, load_model
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_path
@@ -71,7 +71,7 @@ def export_onnx(run: Run, valid_text: EncodedText, *, exact_nats: float | None =
             )
         with atomic_path(run.dir / ONNX) as out:
             if model.mogrifier_rounds:
-                onnx.save(build_mogrifier_graph(model, run.weights_sha256, int8=True), out)
+                onnx.save(build_mogrifier_graph(model, run.weights_sha256, some_ids(valid_text.ids)), out)
             else:
                 write_int8(fp32, out)
             if exact_nats is None:
@@ -92,6 +92,13 @@ def export_onnx(run: Run, valid_text: EncodedText, *, exact_nats: float | None =
     }
 
 
+def some_ids(ids: Ids, num_rows: int = 16, num_steps: int = 128) -> NDArray[np.int64]:
+    """Give pieces from all over a text, (B, T), as many and as long as it has."""
+    num_steps = min(num_steps, len(ids))
+    starts = np.linspace(0, len(ids) - num_steps, num_rows).astype(int)
+    return np.stack([ids[start : start + num_steps] for start in starts]).astype(np.int64)
+
+
 def describe_export(result: dict[str, Any]) -> str:
     """Say what `export_onnx` found in one line."""
     return (
@@ -108,7 +115,7 @@ def build_graph(model: AWDLSTM, weights_sha256: str) -> onnx.ModelProto:
         weights_sha256: of model.safetensors; kept in the file, so that a graph of other weights is noticed.
     """
     if model.mogrifier_rounds:
-        return build_mogrifier_graph(model, weights_sha256, int8=False)
+        return build_mogrifier_graph(model, weights_sha256)
     weights: list[onnx.TensorProto] = []
     nodes: list[onnx.NodeProto] = []
 

@@ -58,7 +58,6 @@ class _Graph:
         num_layers: int,
         tie_weights: bool = True,
         mogrifier_rounds: int = 0,
-        mogrifier_rank: int = 32,
         **_: Any,
     ) -> dict[str, Matrix]:
         decoder_VH = self._without_ends(self._matrix("decoder")).T
@@ -78,8 +77,8 @@ class _Graph:
             for name, array in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), tensors, strict=True):
                 weights[f"{layer}.lstm.{name}_l0"] = array
             for r in range(mogrifier_rounds):
-                down_KS, up_MK = _factors(self._matrix(f"q{i}_{r}").T, mogrifier_rank)
-                weights |= {f"{layer}.rounds.{r}.0.weight": down_KS, f"{layer}.rounds.{r}.1.weight": up_MK}
+                for k, name in enumerate("du"):
+                    weights[f"{layer}.rounds.{r}.{k}.weight"] = self._matrix(f"{name}{i}_{r}").T
         return weights
 
     def _lstm(self, i: int) -> tuple[Matrix, ...]:
@@ -111,15 +110,5 @@ class _Graph:
         array: Matrix = self._arrays[name]
         if array.dtype != np.int8:
             return array
-        # Of a decoder and the like the scale holds that of what it multiplies, too.
-        scaled: Matrix = array * (self._arrays[f"{name}_scale"] / self._arrays.get(f"{name}_left", np.float32(1)))
+        scaled: Matrix = array * self._arrays[f"{name}_scale"]
         return scaled
-
-
-def _factors(product_MS: Matrix, rank: int) -> tuple[Matrix, Matrix]:
-    """Take a product apart: (K, S) and (M, K) of even size, whose product, second times first, is nearest to it."""
-    u_MN, s_N, vt_NS = np.linalg.svd(product_MS, full_matrices=False)
-    root_N = np.sqrt(s_N[:rank])
-    down, up = root_N[:, None] * vt_NS[:rank], u_MN[:, :rank] * root_N
-    pad = rank - len(root_N)
-    return np.pad(down, ((0, pad), (0, 0))), np.pad(up, ((0, 0), (0, pad)))

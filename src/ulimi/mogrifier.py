@@ -14,8 +14,7 @@ Shape letters: as in `ulimi.cpu`, K rank; M the width of what a round scales, S 
 H and I).
 """
 
-from collections.abc import Sequence
-from itertools import cycle
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ def reference(
     weight_hh_GH: Tensor,
     bias_G: Tensor,
     rounds: Sequence[Round],
+    on_low: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run a layer step by step.
 
@@ -56,6 +56,7 @@ def reference(
         weight_hh_GH: likewise; dropped already, if at all.
         bias_G: the sum of both biases.
         rounds: the first of which scales x.
+        on_low: told of each round, at each step, its number and what its first matrix gives, (B, K).
 
     Returns:
         (B, T, H), and the last state.
@@ -68,9 +69,12 @@ def reference(
         weight_ih_GI, weight_hh_GH, bias_G = (w.to(dtype) for w in (weight_ih_GI, weight_hh_GH, bias_G))
         rounds = [(down_KS.to(dtype), up_MK.to(dtype)) for down_KS, up_MK in rounds]
     for x_BI in x_BTI.unbind(1):
-        for (down_KS, up_MK), scales_x in zip(rounds, cycle((True, False)), strict=False):
-            looked_at = h_BH if scales_x else x_BI
-            scale_BM = 2 * torch.sigmoid(F.linear(F.linear(looked_at, down_KS), up_MK))
+        for r, (down_KS, up_MK) in enumerate(rounds):
+            scales_x = r % 2 == 0
+            low_BK = F.linear(h_BH if scales_x else x_BI, down_KS)
+            if on_low is not None:
+                on_low(r, low_BK)
+            scale_BM = 2 * torch.sigmoid(F.linear(low_BK, up_MK))
             if scales_x:
                 x_BI = x_BI * scale_BM
             else:
