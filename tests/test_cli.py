@@ -117,10 +117,12 @@ def test_finetuning_by_a_recipe_keeps_the_sizes_of_its_source(works, refused, tm
     assert run.recipe["model"]["input_dropout"] == demo.model.input_dropout
     assert run.recipe["optim"] == {**demo.model_dump(mode="json")["optim"], "max_epochs": 1}
     assert run.recipe["tokenizer"] == tiny_run.recipe["tokenizer"]
-    # It goes on with the recipe named, too.
+    # It goes on with the recipe named, too, but not with another tokenizer.
+    said = refused(*common, "--resume", "tokenizer.vocab_size=999")
+    assert "tokenizer.vocab_size: differs from the run" in said
     works(*common, "optim.max_epochs=2", "--resume")
     assert len(open_run(tmp_path / "run").metrics()) == 2
-    said = refused(*common[:2], "-o", tmp_path / "new", "--init-from", tiny_run.dir, "model.hidden_size=20", notes=True)
+    said = refused(*common[:2], "-o", tmp_path / "new", "--init-from", tiny_run.dir, "model.hidden_size=20")
     assert "other sizes" in said
 
 
@@ -408,7 +410,8 @@ def test_damage_to_a_run_is_never_a_traceback(ulimi, run_dir, tmp_path, corpus_d
         errors = [line for line in result.err.splitlines() if line.startswith("ulimi: error: ")]
         assert (result.code, len(errors)) in ((0, 0), (2, 1)), result.err
         assert not errors or errors == result.err.splitlines()[-1:]
-    assert 2 in codes or name in ("metrics.jsonl", "recipe.toml")
+    # Weights that are gone are read from their graph.
+    assert 2 in codes or name in ("metrics.jsonl", "recipe.toml") or (name == WEIGHTS and content is None)
 
 
 # evaluate and score
@@ -532,7 +535,6 @@ def test_score_gives_a_row_a_line(works, ulimi, tmp_path, tiny_run):
     assert works("score", "-m", tiny_run.dir, stdin=b"").out.splitlines() == table[:1]
     missing = ulimi("score", tmp_path / "none.txt", "-m", tiny_run.dir)
     assert (missing.code, missing.out) == (2, "")
-    assert works("score", "-m", tiny_run.dir, stdin=b"").out.splitlines() == table[:1]
 
 
 def test_words_outside_a_closed_vocabulary_are_noted(works, tmp_path, corpus_dir):

@@ -57,28 +57,26 @@ def comparable(weights):
 @KINDS
 @TIES
 def test_of_float_graphs_they_are_the_weights(tmp_path, tied, more):
-    model, config = make(tied, more)
+    model, _ = make(tied, more)
     write(model, tmp_path / ONNX, int8=False)
-    weights, own = read_graph_weights(tmp_path / ONNX, config), dict(model.named_parameters())
+    weights, own = read_graph_weights(tmp_path / ONNX), dict(model.named_parameters())
     assert weights.keys() == own.keys()
     assert {name: (t.shape, t.dtype) for name, t in weights.items()} == {n: (t.shape, t.dtype) for n, t in own.items()}
-    if not more:
-        assert all(torch.equal(weights[name], own[name]) for name in own)
+    # A Mogrifier's two biases stand there as their sum.
+    assert all(torch.equal(weights[name], own[name]) for name in own if not more or "bias_" not in name)
     theirs = comparable(own)
-    for name, tensor in comparable(weights).items():
-        torch.testing.assert_close(tensor, theirs[name], atol=2e-6, rtol=0, msg=name)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in comparable(weights).items())
 
 
 @KINDS
 @TIES
 def test_of_int8_graphs_they_are_within_half_a_step(tmp_path, tied, more):
-    model, config = make(tied, more)
+    model, _ = make(tied, more)
     write(model, tmp_path / ONNX, int8=True)
     own = comparable(dict(model.named_parameters()))
-    for name, tensor in comparable(read_graph_weights(tmp_path / ONNX, config)).items():
+    for name, tensor in comparable(read_graph_weights(tmp_path / ONNX)).items():
         step = own[name].abs().max() / 127
-        # An untied embedding goes by 255 steps from its least to its largest. A round's product was rounded as a whole,
-        # and then brought back to its rank.
+        # An untied embedding goes by 255 steps from its least to its largest. Of a round two matrices were rounded.
         allowed = 1e-5 if "bias" in name else step * (2 if ".rounds." in name else 0.51)
         assert (tensor - own[name]).abs().max() <= allowed, name
         assert tensor.shape == own[name].shape
@@ -87,14 +85,11 @@ def test_of_int8_graphs_they_are_within_half_a_step(tmp_path, tied, more):
 @KINDS
 @TIES
 def test_the_network_of_them_computes_what_the_graph_computes(tmp_path, tied, more):
-    """Closer than the network that the graph was made of, whose weights are not rounded.
-
-    Of a Mogrifier, whose columns have scales of their own, most of what is between them is rounding of activations.
-    """
+    """It is off by the rounding of activations alone; of plain LSTMs, which have one scale a matrix, that is less."""
     model, config = make(tied, more)
     write(model, tmp_path / ONNX, int8=True)
     again = AWDLSTM(**config).eval()
-    weights = read_graph_weights(tmp_path / ONNX, config)
+    weights = read_graph_weights(tmp_path / ONNX)
     again.load_state_dict(weights | ({"lm_head.weight": weights["model.embed_tokens.weight"]} if tied else {}))
     ids_BT = np.random.default_rng(0).integers(60, size=(8, 41))
     nll = {}
@@ -105,8 +100,8 @@ def test_the_network_of_them_computes_what_the_graph_computes(tmp_path, tied, mo
     }.items():
         nll[name], _ = engine.nll(ids_BT[:, :-1], ids_BT[:, 1:], engine.initial_state(8))
     off = np.abs(nll["again"] - nll["graph"]).mean()
-    assert off < np.abs(nll["first"] - nll["graph"]).mean() * (1.1 if more else 1)
-    assert off < 0.02
+    assert off < 0.005
+    assert more or off < np.abs(nll["first"] - nll["graph"]).mean()
 
 
 @pytest.fixture
@@ -131,16 +126,32 @@ def test_a_release_runs_on_pytorch(released, tiny_run):
     assert load_model(released).lm_head.bias.tolist() == pytest.approx(weights["lm_head.bias"].tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"num_layers": 3}, {"tie_weights": False}, {"hidden_size": 9}, {"num_layers": "x"}, {"mogrifier_rounds": 1}],
-)
+@pytest.mark.parametrize("changed", [
+    {"num_layers": 3}, {"num_layers": 1}, {"tie_weights": False}, {"hidden_size": 9}, {"num_layers": "x"},
+    {"mogrifier_rounds": 1},
+])  # fmt: skip
 def test_a_graph_of_another_network_is_refused(released, changed):
     path = released.dir / "config.json"
     config = json.loads(path.read_text())
     config["awd_lstm"] |= changed
     path.write_text(json.dumps(config))
     assert f"{ONNX} does not fit" in refusal(lambda: load_model(open_run(released.dir)))
+
+
+@pytest.mark.parametrize("claimed", [0, 1, 2, 4, -1])
+def test_a_graph_of_other_rounds_is_refused(released, claimed):
+    model, config = make(True, ROUNDS)
+    write(model, released.dir / ONNX, int8=True)
+    (released.dir / "config.json").write_text(json.dumps({"awd_lstm": {**config, "mogrifier_rounds": claimed}}))
+    assert f"{ONNX} does not fit" in refusal(lambda: load_model(open_run(released.dir)))
+
+
+def test_a_graph_of_another_making_is_refused(released):
+    graph = onnx.load(released.dir / ONNX)
+    for weight in graph.graph.initializer:
+        weight.name = f"another_{weight.name}"
+    onnx.save(graph, released.dir / ONNX)
+    assert f"{ONNX}: is not a graph as this ulimi writes it" in refusal(lambda: load_model(released))
 
 
 @pytest.mark.parametrize("size", [0, 100, -100])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import TINY
 from test_run import WITHOUT_HEAVY, python, refusal
 from ulimi import run as run_module
 from ulimi.cli import DEFAULT_MODEL
@@ -227,6 +228,71 @@ def test_a_text_of_ones_own_finetunes_it(small, monkeypatch, capsys, corpus_dir)
     assert run.tokenizer.to_str() == open_run(Path("isizulu")).tokenizer.to_str()
     text = encode_file(corpus_dir / "valid.txt", run.tokenizer)
     assert score_stream(new, text.ids, run.tokenizer.eos_id) < score_stream(old, text.ids, run.tokenizer.eos_id)
+
+
+@pytest.fixture
+def released(monkeypatch, capsys, tmp_path, corpus_dir):
+    """Train by some settings, and leave what a release has; gives its path."""
+    monkeypatch.chdir(tmp_path)
+    Path("card.md").write_text("# another small model\n")
+
+    def make(*settings):
+        code, _, err = call(monkeypatch, capsys, "train", corpus_dir, "--out", "source", *TINY, *settings)
+        assert code == 0, err
+        code, _, err = call(monkeypatch, capsys, "release", "source", "--out", "given", "--card", "card.md")
+        assert code == 0, err
+        return Path("given")
+
+    return make
+
+
+def test_finetuning_a_release_keeps_what_its_logits_mean_and_its_kind_of_tokenizer(
+    released, monkeypatch, capsys, corpus_dir
+):
+    source = released("loss.kind=entmax", "loss.alpha=1.3", "tokenizer.kind=unigram")
+    common = ("train", corpus_dir, "--init-from", source, "optim.max_epochs=1")
+    for out, options in (("same", []), ("new", ["--new-tokenizer"])):
+        code, _, err = call(monkeypatch, capsys, *common, "--out", out, *options)
+        assert code == 0, err
+        assert "loss.kind" not in err
+        run = open_run(Path(out))
+        assert run.alpha == 1.3
+        assert run.recipe["tokenizer"] == open_run(source).recipe["tokenizer"]
+        assert run.tokenizer.kind == "unigram"
+    code, _, err = call(monkeypatch, capsys, *common, "--out", "softmax", "loss.kind=cross_entropy")
+    assert code == 0, err
+    assert "given was trained with another loss.kind" in err
+    assert open_run(Path("softmax")).alpha == 1
+
+
+def test_a_card_goes_with_the_weights_through_another_release(released, monkeypatch, capsys, corpus_dir):
+    source = released()
+    Path("card.md").write_bytes(b"# mine \xc3\xa9\n")
+    for step in (
+        ["train", corpus_dir, "--out", "tuned", "--init-from", source, "optim.max_epochs=1"],
+        ["release", "tuned", "--out", "tuned-given", "--card", "card.md"],
+        ["train", corpus_dir, "--out", "again", "--init-from", "tuned-given", "optim.max_epochs=1"],
+    ):
+        code, _, err = call(monkeypatch, capsys, *step)
+        assert code == 0, err
+    assert (Path("again") / SOURCE_CARD).read_bytes() == b"# mine \xc3\xa9\n\n# another small model\n"
+    # What was cut off at once leaves its card, which is nothing to a training from nothing.
+    shutil.rmtree(Path("again") / "last")
+    for name in ("model.safetensors", "model.onnx", "metrics.jsonl", "README.md", "curve.png"):
+        (Path("again") / name).unlink()
+    code, _, err = call(monkeypatch, capsys, "train", corpus_dir, "--out", "again", *TINY)
+    assert code == 0, err
+    assert not (Path("again") / SOURCE_CARD).exists()
+
+
+def test_what_cannot_be_trained_on_from_leaves_nothing_behind(small, monkeypatch, capsys, corpus_dir):
+    text = corpus_dir / "train.txt"
+    code, _, err = call(
+        monkeypatch, capsys, "train", text, "--out", "new", "--init-from", "isizulu", "model.num_layers=5"
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the shipped model isizulu: its network has other sizes: model.num_layers is 2 there, 5 here" in err
+    assert not Path("new").exists()
 
 
 def test_ngram_takes_the_tokenizer_of_a_shipped_model(small, monkeypatch, capsys, corpus_dir):

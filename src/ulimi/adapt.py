@@ -316,7 +316,7 @@ def load_adaptive(
         Of the ids of a text, (N,), read as one stream, and what is told how many tokens are done, the total nats.
 
     Raises:
-        UlimiError: there is no network, a network has no float weights or is sparse, or as of `run_stats`.
+        UlimiError: there is no network, a network is sparse, or as of `run_stats`.
     """
     for network in run.networks("--cache" if dynamic is None else "--dynamic"):
         if network.alpha != 1:

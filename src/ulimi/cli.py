@@ -174,7 +174,7 @@ def train(
     from ulimi.corpus import open_corpus
     from ulimi.cpu import keep_freed_memory
     from ulimi.progress import TrainingProgress
-    from ulimi.recipe import build_recipe, load_recipe, size_overrides
+    from ulimi.recipe import OF_TOKENIZER, OF_WEIGHTS, build_recipe, kept_settings, load_recipe
     from ulimi.run import open_run
     from ulimi.train import Interrupted, claim_folder, find_teacher
     from ulimi.train import train as run_training
@@ -188,9 +188,6 @@ def train(
     source = open_run(init_from) if init_from is not None else None
     if source is not None:
         source.need_network("--init-from")
-        if recipe is None and not source.has_weights:
-            # A release remembers what suited the text that it was made of.
-            recipe = FINETUNE
     overrides = settings or []
     teaching = open_run(teacher) if teacher is not None else None
     if teaching is not None:
@@ -201,15 +198,17 @@ def train(
     if source is not None and not new_tokenizer and any(text.startswith("tokenizer.") for text in overrides):
         raise UlimiError("--init-from keeps that run's tokenizer: tokenizer settings need --new-tokenizer")
     begun = open_run(out) if resume and (out / "recipe.toml").is_file() else None
-    if recipe is not None:
-        # Weights that are there have their sizes, whatever the recipe says of a network from scratch.
-        sized = source or (begun if begun is not None and begun.meta.get("init_from") else None)
-        sizes = [] if sized is None else size_overrides(sized.recipe, source=f"{sized.dir}/recipe.toml")
-        chosen = load_recipe(recipe, [*sizes, *overrides])
-        if begun is not None and (begun.meta.get("teacher") or sized is not None):
-            # Likewise the tokenizer, which was that run's, or the teacher's.
-            own = build_recipe(begun.recipe, source=f"{out}/recipe.toml")
-            chosen = chosen.model_copy(update={"tokenizer": own.tokenizer})
+    # A release remembers what suited the text that it was made of.
+    is_release = source is not None and not source.has_weights
+    if recipe is not None or is_release:
+        # What is there stays what it is, whatever a recipe says of a network from scratch.
+        there, keys = source or begun, {}
+        if source is not None:
+            keys = OF_WEIGHTS if new_tokenizer and recipe is not None else {**OF_WEIGHTS, **OF_TOKENIZER}
+        elif begun is not None and (begun.meta.get("init_from") or begun.meta.get("teacher")):
+            keys = {**OF_WEIGHTS, **OF_TOKENIZER} if begun.meta.get("init_from") else OF_TOKENIZER
+        kept = [] if there is None else kept_settings(there.recipe, keys, source=f"{there.dir}/recipe.toml")
+        chosen = load_recipe(recipe or FINETUNE, [*kept, *overrides])
     elif begun is not None:
         chosen = build_recipe(begun.recipe, overrides, source=f"{out}/recipe.toml")
     elif source is not None:
@@ -236,6 +235,10 @@ def train(
                 f"{report['test_lines']:,} test lines; near-duplicates of held-out lines: "
                 f"{report['near_duplicates']:,} kept, {report['near_duplicates_removed']:,} removed from training"
             )
+            if source is not None and chosen.alpha != source.alpha:
+                progress.note(
+                    f"{source.name} was trained with another loss.kind or loss.alpha: its probabilities begin wrong"
+                )
             try:
                 score = run_training(
                     parts, out, chosen, init_from=source, new_tokenizer=new_tokenizer, teacher=teaching, resume=resume,

@@ -497,7 +497,7 @@ def read_weights(run: Run) -> "dict[str, torch.Tensor]":
         return read_tensors(path)
     from ulimi.graph_weights import read_graph_weights
 
-    return read_graph_weights(path, run.config)
+    return read_graph_weights(path)
 
 
 def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":
@@ -559,7 +559,7 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto", exact: bo
     # A folder may hold the graph alone, without the weights that it was made of.
     alone = not run.has_weights
     # PyTorch is often there for other reasons, without what reads weights for it.
-    has_torch = all(find_spec(name) is not None for name in ("torch", "safetensors", "onnx"))
+    has_torch = all(find_spec(name) is not None for name in ("torch", "onnx" if alone else "safetensors"))
     if exact and kind == "auto" and has_torch and not alone:
         kind = "torch"
     if kind == "onnx" or (kind == "auto" and device in ("auto", "cpu") and path.is_file()):
@@ -577,7 +577,7 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto", exact: bo
                     f"--engine onnx: {path} was made of other weights than {WEIGHTS} beside it; "
                     f"`ulimi export {run.dir}` writes it anew"
                 )
-    if not has_torch and path.is_file():
+    if not has_torch and (kind == "torch" or device not in ("auto", "cpu")):
         asked = "--engine torch" if kind == "torch" else f"--device {device}"
         raise UlimiError(f"{asked} needs PyTorch and what comes with it: pip install 'ulimi[train]'")
     if not has_torch:

@@ -5,9 +5,8 @@ a step of int8 at most; the network that comes out computes nearly what the grap
 rounded, too). This undoes `ulimi.export.build_graph`, `ulimi.export.fix_scales` and `ulimi.mogrifier_graph`.
 """
 
-from collections.abc import Mapping
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -22,28 +21,29 @@ from ulimi.errors import UlimiError
 Matrix = NDArray[np.float32]
 
 
-def read_graph_weights(path: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def read_graph_weights(path: Path) -> dict[str, torch.Tensor]:
     """Give the weights that a graph was made of, as near as its numbers tell.
 
     Args:
         path: a model.onnx, as `ulimi.export` writes it, int8 or fp32.
-        config: the keyword arguments of the network, of the run's config.json.
 
     Returns:
-        The tensors of model.safetensors, float32. The two matrices of a Mogrifier's round stand in the graph as their
-        product alone, which is taken apart by its singular values.
+        The tensors of model.safetensors, float32. In int8 the first matrix of a Mogrifier's round comes back divided by
+        what brought it to the range of its scale, the second multiplied by the same: their product is what it was.
 
     Raises:
-        UlimiError: it cannot be read, or is the graph of another network.
+        UlimiError: it cannot be read, or is another graph than ours.
     """
     try:
         graph = _Graph(onnx.load(path))
     except (OSError, DecodeError) as error:
         raise UlimiError(f"{path}: cannot be read: {error}") from None
     try:
-        return {name: torch.from_numpy(np.array(array)) for name, array in graph.weights(**config).items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UlimiError(f"{path} does not fit the config.json beside it: {error!r}") from None
+        return {name: torch.from_numpy(np.array(array)) for name, array in graph.weights().items()}
+    except (LookupError, ValueError):
+        raise UlimiError(
+            f"{path}: is not a graph as this ulimi writes it, so that its weights cannot be told"
+        ) from None
 
 
 class _Graph:
@@ -52,31 +52,25 @@ class _Graph:
         # The two units that keep the scales, see `ulimi.export.fix_scales`.
         self._num_ends = 2 if any(prop.key == FIXED_SCALES for prop in proto.metadata_props) else 0
 
-    def weights(
-        self,
-        *,
-        num_layers: int,
-        tie_weights: bool = True,
-        mogrifier_rounds: int = 0,
-        **_: Any,
-    ) -> dict[str, Matrix]:
+    def weights(self) -> dict[str, Matrix]:
         decoder_VH = self._without_ends(self._matrix("decoder")).T
         bias_V = self._arrays["bias"]
-        if "embedding" in self._arrays or "embedding_quantized" in self._arrays:
+        if self._has("embedding"):
             embedding_VE = self._without_ends(self._matrix("embedding").T).T
         else:
             embedding_VE = decoder_VH
             # What the two ends add to each logit had been taken out of the bias.
             bias_V = bias_V + 2 * 127 * self._arrays["decoder_scale"] * bool(self._num_ends)
         weights = {"model.embed_tokens.weight": embedding_VE, "lm_head.bias": bias_V}
-        if not tie_weights:
+        if not np.array_equal(embedding_VE, decoder_VH):
             weights["lm_head.weight"] = decoder_VH
-        for i in range(num_layers):
+        for i in takewhile(lambda i: self._has(f"w{i}"), count()):
             layer = f"model.layers.{i}"
-            tensors = self._mogrifier(i) if mogrifier_rounds else self._lstm(i)
+            # An operator LSTM has its matrices in a third dimension, one a direction.
+            tensors = self._lstm(i) if self._matrix(f"w{i}").ndim == 3 else self._mogrifier(i)
             for name, array in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), tensors, strict=True):
                 weights[f"{layer}.lstm.{name}_l0"] = array
-            for r in range(mogrifier_rounds):
+            for r in takewhile(lambda r, i=i: self._has(f"d{i}_{r}"), count()):  # type: ignore[misc]
                 for k, name in enumerate("du"):
                     weights[f"{layer}.rounds.{r}.{k}.weight"] = self._matrix(f"{name}{i}_{r}").T
         return weights
@@ -97,6 +91,9 @@ class _Graph:
     def _mogrifier(self, i: int) -> tuple[Matrix, ...]:
         bias = self._arrays[f"b{i}"]  # the sum of both
         return self._matrix(f"w{i}").T, self._matrix(f"r{i}").T, bias, np.zeros_like(bias)
+
+    def _has(self, name: str) -> bool:
+        return name in self._arrays or f"{name}_quantized" in self._arrays
 
     def _without_ends(self, matrix: Matrix) -> Matrix:
         return matrix[: len(matrix) - self._num_ends]

@@ -35,7 +35,11 @@ OPTIM_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 SIZES = ("embedding_size", "hidden_size", "num_layers", "tie_weights", "mogrifier_rounds", "mogrifier_rank")
-"""of [model]: what weights fit; the rest of it are dropouts"""
+"""of [model]; the rest of it are dropouts"""
+OF_WEIGHTS: dict[str, tuple[str, ...]] = {"model": SIZES, "loss": ("kind", "alpha")}
+"""section -> keys: what weights that are there fit, and what their logits mean"""
+OF_TOKENIZER: dict[str, tuple[str, ...]] = {"tokenizer": ("kind", "vocab_size", "min_frequency")}
+"""likewise of a tokenizer that is there"""
 
 
 class _Section(BaseModel):
@@ -220,10 +224,18 @@ def build_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), *, 
     return recipe
 
 
-def size_overrides(settings: Mapping[str, Any], *, source: str = "recipe") -> list[str]:
-    """Give the sizes of a recipe's network as overrides, for another recipe that is to train on from its weights."""
-    model = build_recipe(settings, source=source).model.model_dump()
-    return [f"model.{key}={json.dumps(model[key])}" for key in SIZES]
+def kept_settings(
+    settings: Mapping[str, Any], keys: Mapping[str, Iterable[str]], *, source: str = "recipe"
+) -> list[str]:
+    """Give some settings of a recipe as overrides, for another recipe that is to train on from what it made.
+
+    Args:
+        settings: of the one that made it.
+        keys: section -> keys, as `OF_WEIGHTS`.
+        source: where `settings` stand.
+    """
+    recipe = build_recipe(settings, source=source).model_dump(mode="json")
+    return [f"{section}.{key}={json.dumps(recipe[section][key])}" for section, names in keys.items() for key in names]
 
 
 def recipe_headline(name: str) -> str:

@@ -91,7 +91,7 @@ class Run:
         self.need_network(what)
         if not self.has_weights and (self.dir / ONNX).is_file():
             raise UlimiError(
-                f"{what}: {self.name} has no float weights, only their int8 graph ({ONNX}); take a run folder that "
+                f"{what}: {self.name} has no float weights, only their graph ({ONNX}); take a run folder that "
                 f"holds {WEIGHTS}: `ulimi train` makes one, and `make isizulu-model` the one behind the shipped model"
             )
 
@@ -185,9 +185,10 @@ class Run:
         own = [self.dir / name for name in names if (self.dir / name).is_file()]
         return own + [path for member in self.members() for path in member.model_files()]
 
-    def source_card(self) -> Path | None:
-        """Find the card of the release that its weights are, or started from."""
-        return next((path for path in (self.dir / CARD, self.dir / SOURCE_CARD) if path.is_file()), None)
+    def source_card(self) -> bytes:
+        """Give the card of the release that its weights are, and of what they started from; of other weights none."""
+        paths = [path for path in (self.dir / CARD, self.dir / SOURCE_CARD) if path.is_file()]
+        return b"\n".join(path.read_bytes() for path in paths)
 
     def text_path(self, part: str) -> Path | None:
         """Find the text of a part ("train", "valid"): where the run remembers it, or in its own corpus/, or nowhere."""

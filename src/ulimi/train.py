@@ -35,7 +35,7 @@ from ulimi.model import AWDLSTM, State, detach_state
 from ulimi.optim import RunningAverage, learning_rate, make_optimizer, non_monotonic
 from ulimi.plot import plot_curve
 from ulimi.provenance import describe_corpus, describe_machine, new_meta
-from ulimi.recipe import Recipe, build_recipe, changed_keys
+from ulimi.recipe import SIZES, Recipe, build_recipe, changed_keys
 from ulimi.run import AWD_LSTM, CHECKPOINT, ONNX, SOURCE_CARD, WEIGHTS, Run, open_run, refuse_file, refuse_foreign
 from ulimi.score import Score, score_stream
 from ulimi.tokenizer import Tokenizer
@@ -287,7 +287,7 @@ class Trainer:
                     self.meta.pop(key, None)
                 write_json(run_dir / "meta.json", self.meta)
         else:
-            self._write_static_files(None if init_from is None else init_from.source_card())
+            self._write_static_files(b"" if init_from is None else init_from.source_card())
             self.save_checkpoint()
         num = sum(p.numel() for p in self.model.parameters())
         reporter.note(
@@ -553,7 +553,7 @@ class Trainer:
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
         }
 
-    def _write_static_files(self, source_card: Path | None) -> None:
+    def _write_static_files(self, source_card: bytes) -> None:
         shutil.rmtree(self.run_dir / "last", ignore_errors=True)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "metrics.jsonl").unlink(missing_ok=True)
@@ -570,8 +570,11 @@ class Trainer:
             AWD_LSTM: self.config,
         }
         write_json(self.run_dir / "config.json", config)
-        if source_card is not None:
-            write_text(self.run_dir / SOURCE_CARD, source_card.read_text(encoding="utf-8"))
+        # One may be left of a training that was cut off at once.
+        (self.run_dir / SOURCE_CARD).unlink(missing_ok=True)
+        if source_card:
+            with atomic_path(self.run_dir / SOURCE_CARD) as unfinished:
+                unfinished.write_bytes(source_card)
 
     def _append_metrics(self, row: dict[str, Any]) -> None:
         path = self.run_dir / "metrics.jsonl"
@@ -659,6 +662,8 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
         raise UlimiError(f"--out {run_dir} is the run that --init-from names; it would be overwritten")
     if init_from is not None:
         init_from.need_network("--init-from")
+        _ = init_from.weights_path  # are there any yet?
+        _check_sizes(init_from, recipe)
     has_run = (run_dir / CHECKPOINT).is_file()
     if resume:
         if not has_run:
@@ -676,6 +681,19 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
     # Before its first checkpoint a run has only these.
     refuse_foreign(run_dir, {"corpus", LOCK}, {"recipe.toml", "last", SOURCE_CARD})
     return None
+
+
+def _check_sizes(source: Run, recipe: Recipe) -> None:
+    """Refuse a network of other sizes than the one that it is to start from."""
+    own = recipe.model.model_dump()
+    for key in SIZES:
+        # Older runs know nothing of rounds. A network without them may be given some, of any rank.
+        is_new = key.startswith("mogrifier") and not source.config.get("mogrifier_rounds")
+        if not is_new and (theirs := source.config.get(key)) != own[key]:
+            raise UlimiError(
+                f"--init-from {source.name}: its network has other sizes: model.{key} is {theirs} there, "
+                f"{own[key]} here"
+            )
 
 
 def find_teacher(given: Run | None, old: Run | None, init_from: Run | None, recipe: Recipe) -> Run | None:
@@ -756,7 +774,7 @@ def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
     they do until it has learnt something else.
 
     Raises:
-        UlimiError: the two networks differ in size.
+        UlimiError: the weights are not of these sizes.
     """
     weights = read_weights(source)
     own = dict(model.named_parameters())
@@ -767,11 +785,7 @@ def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
     if set(weights) != set(own) - grown or any(
         weights[n].shape[n in per_token :] != own[n].shape[n in per_token :] for n in weights
     ):
-        raise UlimiError(
-            f"--init-from {source.name}: its network has other sizes than this recipe's; leave model.embedding_size, "
-            "hidden_size, num_layers and tie_weights as they are there, and mogrifier_rounds and mogrifier_rank, too, "
-            "if it has such rounds"
-        )
+        raise UlimiError(f"--init-from {source.name}: {source.weights_path} does not fit its config.json")
     with torch.no_grad():
         for name, parameter in own.items():
             if name in grown:
