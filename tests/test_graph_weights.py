@@ -104,6 +104,27 @@ def test_the_network_of_them_computes_what_the_graph_computes(tmp_path, tied, mo
     assert more or off < np.abs(nll["first"] - nll["graph"]).mean()
 
 
+@KINDS
+def test_for_training_they_are_spread_over_what_int8_rounds_to_them(tmp_path, more):
+    model, _ = make(False, more)
+    write(model, tmp_path / ONNX, int8=True)
+    middle, spread, again = (
+        read_graph_weights(tmp_path / ONNX, rng) for rng in (None, np.random.default_rng(1), np.random.default_rng(1))
+    )
+    assert middle.keys() == spread.keys()
+    for name, tensor in spread.items():
+        assert torch.equal(tensor, again[name])
+        if "bias" in name:
+            assert torch.equal(tensor, middle[name])
+            continue
+        off = tensor - middle[name]
+        # Of a Mogrifier each output has a step of its own, of the embedding each token.
+        steps = middle[name].abs().amax(dim=1, keepdim=True) if more else middle[name].abs().max()
+        assert (off.abs() <= 0.51 * steps / 127 * (1 if more or "embed" not in name else 1.01)).all(), name
+        assert 0.2 * steps.mean() / 127 < off.std() < 0.4 * steps.mean() / 127
+        assert off.mean().abs() < 0.1 * steps.mean() / 127
+
+
 @pytest.fixture
 def released(tmp_path, tiny_run):
     """The tiny run as a release has it: without float weights."""
@@ -112,6 +133,26 @@ def released(tmp_path, tiny_run):
     (folder / WEIGHTS).unlink()
     shutil.rmtree(folder / "last")
     return open_run(folder)
+
+
+def test_what_little_is_learnt_from_a_release_is_not_rounded_away(tmp_path):
+    """A step of a tenth of int8's: rounded again, the weights have gone that far on the whole, and not back."""
+    model, config = make(False, {})
+    write(model, tmp_path / ONNX, int8=True)
+    moved = {}
+    for kind, rng in (("middle", None), ("spread", np.random.default_rng(1))):
+        network = AWDLSTM(**config).eval()
+        network.load_state_dict(read_graph_weights(tmp_path / ONNX, rng))
+        before = network.layers[1].lstm.weight_hh_l0.detach().clone()
+        with torch.no_grad():
+            largest = before.abs() > 0.9 * before.abs().max()  # the step stays what it is
+            network.layers[1].lstm.weight_hh_l0 += 0.1 * before.abs().max() / 127 * ~largest
+        write(network, tmp_path / "next.onnx", int8=True)
+        after = read_graph_weights(tmp_path / "next.onnx")["model.layers.1.lstm.weight_hh_l0"]
+        middle = read_graph_weights(tmp_path / ONNX)["model.layers.1.lstm.weight_hh_l0"]
+        moved[kind] = ((after - middle)[~largest].mean() / (before.abs().max() / 127)).item()
+    assert abs(moved["middle"]) < 0.02
+    assert 0.07 < moved["spread"] < 0.13
 
 
 def test_a_release_runs_on_pytorch(released, tiny_run):

@@ -486,8 +486,12 @@ def write_tensors(tensors: "Mapping[str, torch.Tensor]", path: Path, metadata: d
         unfinished.chmod(0o644)
 
 
-def read_weights(run: Run) -> "dict[str, torch.Tensor]":
+def read_weights(run: Run, rng: np.random.Generator | None = None) -> "dict[str, torch.Tensor]":
     """Read a run's best weights; where only their graph is left, as of a release, what its numbers tell of them.
+
+    Args:
+        run: a network's.
+        rng: see `ulimi.graph_weights.read_graph_weights`; float weights need none.
 
     Raises:
         UlimiError: there are none, or they cannot be read.
@@ -497,7 +501,7 @@ def read_weights(run: Run) -> "dict[str, torch.Tensor]":
         return read_tensors(path)
     from ulimi.graph_weights import read_graph_weights
 
-    return read_graph_weights(path)
+    return read_graph_weights(path, rng)
 
 
 def load_model(run: Run, device: "torch.device | str" = "cpu") -> "AWDLSTM":

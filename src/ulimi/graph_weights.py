@@ -7,6 +7,7 @@ rounded, too). This undoes `ulimi.export.build_graph`, `ulimi.export.fix_scales`
 
 from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,11 +22,13 @@ from ulimi.errors import UlimiError
 Matrix = NDArray[np.float32]
 
 
-def read_graph_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_graph_weights(path: Path, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
     """Give the weights that a graph was made of, as near as its numbers tell.
 
     Args:
         path: a model.onnx, as `ulimi.export` writes it, int8 or fp32.
+        rng: for training: draws each weight evenly from all that int8 rounds to its number. Weights in the middle of
+            their steps would all go back there when they are rounded again, and what little they had learnt with them.
 
     Returns:
         The tensors of model.safetensors, float32. In int8 the first matrix of a Mogrifier's round comes back divided by
@@ -35,7 +38,7 @@ def read_graph_weights(path: Path) -> dict[str, torch.Tensor]:
         UlimiError: it cannot be read, or is another graph than ours.
     """
     try:
-        graph = _Graph(onnx.load(path))
+        graph = _Graph(onnx.load(path), rng)
     except (OSError, DecodeError) as error:
         raise UlimiError(f"{path}: cannot be read: {error}") from None
     try:
@@ -47,7 +50,8 @@ def read_graph_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 class _Graph:
-    def __init__(self, proto: onnx.ModelProto) -> None:
+    def __init__(self, proto: onnx.ModelProto, rng: np.random.Generator | None) -> None:
+        self._rng = rng
         self._arrays = {weight.name: numpy_helper.to_array(weight) for weight in proto.graph.initializer}
         # The two units that keep the scales, see `ulimi.export.fix_scales`.
         self._num_ends = 2 if any(prop.key == FIXED_SCALES for prop in proto.metadata_props) else 0
@@ -102,10 +106,15 @@ class _Graph:
         """Give a matrix as floats, whichever of the three ways the graph has it."""
         if f"{name}_quantized" in self._arrays:
             whole, scale, zero = (self._arrays[f"{name}_{part}"] for part in ("quantized", "scale", "zero_point"))
-            exact: Matrix = (whole.astype(np.float32) - zero.astype(np.float32)) * scale
+            exact: Matrix = (self._spread(whole) - zero.astype(np.float32)) * scale
             return exact
         array: Matrix = self._arrays[name]
         if array.dtype != np.int8:
             return array
-        scaled: Matrix = array * self._arrays[f"{name}_scale"]
+        scaled: Matrix = self._spread(array) * self._arrays[f"{name}_scale"]
         return scaled
+
+    def _spread(self, whole: NDArray[Any]) -> Matrix:
+        if self._rng is None:
+            return whole.astype(np.float32)
+        return whole.astype(np.float32) + self._rng.random(whole.shape, dtype=np.float32) - np.float32(0.5)

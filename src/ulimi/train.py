@@ -254,7 +254,7 @@ class Trainer:
         weights_rng = torch.Generator().manual_seed(recipe.optim.seed)
         self.model = AWDLSTM(**self.config, rng=weights_rng).to(self.device)
         if init_from is not None and old is None:
-            adopt_weights(self.model, self.tokenizer, init_from)
+            adopt_weights(self.model, self.tokenizer, init_from, np.random.default_rng(recipe.optim.seed))
         self.optimizer = make_optimizer(self.model, recipe.optim)
         averages = recipe.optim.average_at_start or recipe.optim.average_share > 0
         self.average = self._new_average() if averages else None
@@ -767,16 +767,16 @@ def validation_nats(model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int, alph
     return total.item()
 
 
-def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run) -> None:
+def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run, rng: np.random.Generator | None = None) -> None:
     """Start from another run's best weights; pieces that its tokenizer lacks get the mean vector.
 
     A Mogrifier may start from plain LSTMs: each round's second matrix is 0 then, its scale 1, so that it computes what
-    they do until it has learnt something else.
+    they do until it has learnt something else. `rng` is that of `ulimi.graph_weights.read_graph_weights`.
 
     Raises:
         UlimiError: the weights are not of these sizes.
     """
-    weights = read_weights(source)
+    weights = read_weights(source, rng)
     own = dict(model.named_parameters())
     old_vocab, new_vocab = source.tokenizer.backend.get_vocab(), tokenizer.backend.get_vocab()
     same_tokens = old_vocab == new_vocab
