@@ -121,22 +121,22 @@ for line in (
     assert all(outputs.values())
 
 
-def test_figures_come_from_the_graph_quietly_where_there_are_no_weights(small, monkeypatch, capsys, tiny_run):
+def test_figures_come_from_the_graph_quietly_where_there_are_no_weights(small, ulimi, tiny_run):
     (Path("text.txt")).write_text("Abantu bafunda incwadi.\n")
     figures = []
     for options in (["--json"], ["-m", "isizulu", "--json"], ["-m", str(tiny_run.dir), "--engine", "onnx", "--json"]):
-        code, out, err = call(monkeypatch, capsys, "evaluate", "text.txt", *options)
-        assert (code, err) == (0, "")
-        figures.append(json.loads(out))
+        result = ulimi("evaluate", "text.txt", *options)
+        assert (result.code, result.err) == (0, "")
+        figures += result.json
     assert figures[0] == figures[1] == figures[2]
 
 
 @pytest.mark.parametrize(("line", "what"), [
     ("export isizulu", "ulimi export"), ("release isizulu --out new --card text.txt", "ulimi release"),
 ])  # fmt: skip
-def test_what_would_round_its_weights_again_is_refused_in_one_line(small, monkeypatch, capsys, line, what):
+def test_what_would_round_its_weights_again_is_refused_in_one_line(small, ulimi, line, what):
     Path("text.txt").write_text("Abantu bafunda incwadi.\n" * 30)
-    code, out, err = call(monkeypatch, capsys, *line.split())
+    code, out, err = ulimi(*line.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"ulimi: error: {what}: the shipped model isizulu has no float weights")
     assert WEIGHTS in err
@@ -149,18 +149,16 @@ def test_what_would_round_its_weights_again_is_refused_in_one_line(small, monkey
     "suggest Ngi --engine torch", "judge --num 1 --engine torch",
     "score text.txt --engine torch",
 ])  # fmt: skip
-def test_its_weights_are_read_from_its_graph_where_floats_are_needed(small, monkeypatch, capsys, line):
+def test_its_weights_are_read_from_its_graph_where_floats_are_needed(small, works, line):
     before = sorted(path.name for path in small.iterdir())
     Path("text.txt").write_text("Abantu bafunda incwadi.\n" * 30)
-    code, out, err = call(monkeypatch, capsys, *line.split())
-    assert code == 0, err
-    assert out
+    assert works(*line.split()).out
     assert sorted(path.name for path in small.iterdir()) == before
 
 
-def test_adapting_it_wants_a_text_to_know_gradients_from(small, monkeypatch, capsys):
+def test_adapting_it_wants_a_text_to_know_gradients_from(small, ulimi):
     Path("text.txt").write_text("Abantu bafunda incwadi.\n" * 30)
-    code, out, err = call(monkeypatch, capsys, "evaluate", "text.txt", "--dynamic")
+    code, out, err = ulimi("evaluate", "text.txt", "--dynamic")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "--dynamic: the training text of the shipped model isizulu is not here" in err
     assert "--stats-from" in err
@@ -186,44 +184,25 @@ main()
         )
 
 
-def test_a_text_of_ones_own_finetunes_it(small, monkeypatch, capsys, corpus_dir):
-    code, out, err = call(
-        monkeypatch,
-        capsys,
-        "train",
-        corpus_dir,
-        "--out",
-        "new",
-        "--init-from",
-        "isizulu",
-        "optim.max_epochs=2",
-        "optim.lr=5e-3",
-        "data.batch_size=4",
-    )
-    assert code == 0, err
+def test_a_text_of_ones_own_finetunes_it(small, works, corpus_dir):
+    settings = {"max_epochs": 2, "lr": 5e-3}
+    overrides = (*(f"optim.{key}={value}" for key, value in settings.items()), "data.batch_size=4")
+    out = works("train", corpus_dir, "--out", "new", "--init-from", "isizulu", *overrides).out
     assert "the model is in new" in out
     new, old = (load_engine(open_run(Path(name)), kind="onnx") for name in ("new", "isizulu"))
     run = open_run(Path("new"))
     assert run.has_weights
     # The settings are not those that suited its own text, but its sizes are.
-    assert run.recipe["optim"] == {
-        **load_recipe("finetune").model_dump(mode="json")["optim"],
-        "max_epochs": 2,
-        "lr": 5e-3,
-    }
+    assert run.recipe["optim"] == {**load_recipe("finetune").model_dump(mode="json")["optim"], **settings}
     assert run.recipe["model"]["hidden_size"] == 24
     # What the shipped model's licence asks for goes with what was made of it, and with what is made of that.
     assert (run.dir / SOURCE_CARD).read_text() == (small / CARD).read_text()
     assert f"see {SOURCE_CARD}" in (run.dir / "README.md").read_text()
-    assert f"{Path('new') / SOURCE_CARD}" in call(monkeypatch, capsys, "info", "new")[1]
+    assert f"{Path('new') / SOURCE_CARD}" in works("info", "new").out
     Path("card.md").write_text("# mine\n")
-    code, _, err = call(monkeypatch, capsys, "release", "new", "--out", "given", "--card", "card.md")
-    assert code == 0, err
+    works("release", "new", "--out", "given", "--card", "card.md")
     assert (Path("given") / SOURCE_CARD).read_text() == (small / CARD).read_text()
-    code, _, err = call(
-        monkeypatch, capsys, "train", corpus_dir, "--out", "next", "--init-from", "new", "optim.max_epochs=1"
-    )
-    assert code == 0, err
+    works("train", corpus_dir, "--out", "next", "--init-from", "new", "optim.max_epochs=1")
     assert (Path("next") / SOURCE_CARD).read_text() == (small / CARD).read_text()
     assert run.tokenizer.to_str() == open_run(Path("isizulu")).tokenizer.to_str()
     text = encode_file(corpus_dir / "valid.txt", run.tokenizer)
@@ -231,89 +210,58 @@ def test_a_text_of_ones_own_finetunes_it(small, monkeypatch, capsys, corpus_dir)
 
 
 @pytest.fixture
-def released(monkeypatch, capsys, tmp_path, corpus_dir):
+def released(monkeypatch, works, tmp_path, corpus_dir):
     """Train by some settings, and leave what a release has; gives its path."""
     monkeypatch.chdir(tmp_path)
     Path("card.md").write_text("# another small model\n")
 
     def make(*settings):
-        code, _, err = call(monkeypatch, capsys, "train", corpus_dir, "--out", "source", *TINY, *settings)
-        assert code == 0, err
-        code, _, err = call(monkeypatch, capsys, "release", "source", "--out", "given", "--card", "card.md")
-        assert code == 0, err
+        works("train", corpus_dir, "--out", "source", *TINY, *settings)
+        works("release", "source", "--out", "given", "--card", "card.md")
         return Path("given")
 
     return make
 
 
-def test_finetuning_a_release_keeps_what_its_logits_mean_and_its_kind_of_tokenizer(
-    released, monkeypatch, capsys, corpus_dir
-):
+def test_finetuning_a_release_keeps_what_its_logits_mean_and_its_kind_of_tokenizer(released, works, corpus_dir):
     source = released("loss.kind=entmax", "loss.alpha=1.3", "tokenizer.kind=unigram")
     common = ("train", corpus_dir, "--init-from", source, "optim.max_epochs=1")
     for out, options in (("same", []), ("new", ["--new-tokenizer"])):
-        code, _, err = call(monkeypatch, capsys, *common, "--out", out, *options)
-        assert code == 0, err
-        assert "loss.kind" not in err
+        assert "loss.kind" not in works(*common, "--out", out, *options).err
         run = open_run(Path(out))
         assert run.alpha == 1.3
         assert run.recipe["tokenizer"] == open_run(source).recipe["tokenizer"]
         assert run.tokenizer.kind == "unigram"
-    code, _, err = call(monkeypatch, capsys, *common, "--out", "softmax", "loss.kind=cross_entropy")
-    assert code == 0, err
+    err = works(*common, "--out", "softmax", "loss.kind=cross_entropy").err
     assert "given was trained with another loss.kind" in err
     assert open_run(Path("softmax")).alpha == 1
 
 
-def test_a_card_goes_with_the_weights_through_another_release(released, monkeypatch, capsys, corpus_dir):
+def test_a_card_goes_with_the_weights_through_another_release(released, works, corpus_dir):
     source = released()
     Path("card.md").write_bytes(b"# mine \xc3\xa9\n")
-    for step in (
-        ["train", corpus_dir, "--out", "tuned", "--init-from", source, "optim.max_epochs=1"],
-        ["release", "tuned", "--out", "tuned-given", "--card", "card.md"],
-        ["train", corpus_dir, "--out", "again", "--init-from", "tuned-given", "optim.max_epochs=1"],
-    ):
-        code, _, err = call(monkeypatch, capsys, *step)
-        assert code == 0, err
+    works("train", corpus_dir, "--out", "tuned", "--init-from", source, "optim.max_epochs=1")
+    works("release", "tuned", "--out", "tuned-given", "--card", "card.md")
+    works("train", corpus_dir, "--out", "again", "--init-from", "tuned-given", "optim.max_epochs=1")
     assert (Path("again") / SOURCE_CARD).read_bytes() == b"# mine \xc3\xa9\n\n# another small model\n"
     # What was cut off at once leaves its card, which is nothing to a training from nothing.
     shutil.rmtree(Path("again") / "last")
     for name in ("model.safetensors", "model.onnx", "metrics.jsonl", "README.md", "curve.png"):
         (Path("again") / name).unlink()
-    code, _, err = call(monkeypatch, capsys, "train", corpus_dir, "--out", "again", *TINY)
-    assert code == 0, err
+    works("train", corpus_dir, "--out", "again", *TINY)
     assert not (Path("again") / SOURCE_CARD).exists()
 
 
-def test_what_cannot_be_trained_on_from_leaves_nothing_behind(small, monkeypatch, capsys, corpus_dir):
+def test_what_cannot_be_trained_on_from_leaves_nothing_behind(small, refused, corpus_dir):
     text = corpus_dir / "train.txt"
-    code, _, err = call(
-        monkeypatch, capsys, "train", text, "--out", "new", "--init-from", "isizulu", "model.num_layers=5"
-    )
-    assert (code, err.count("\n")) == (2, 1)
+    err = refused("train", text, "--out", "new", "--init-from", "isizulu", "model.num_layers=5")
     assert "the shipped model isizulu: its network has other sizes: model.num_layers is 2 there, 5 here" in err
     assert not Path("new").exists()
 
 
-def test_ngram_takes_the_tokenizer_of_a_shipped_model(small, monkeypatch, capsys, corpus_dir):
-    code, _, err = call(
-        monkeypatch, capsys, "ngram", corpus_dir, "--out", "n", "--order", "2", "--tokenizer-from", "isizulu"
-    )
-    assert code == 0, err
+def test_ngram_takes_the_tokenizer_of_a_shipped_model(small, works, corpus_dir):
+    works("ngram", corpus_dir, "--out", "n", "--order", "2", "--tokenizer-from", "isizulu")
     assert open_run(Path("n")).tokenizer.to_str() == open_run(Path("isizulu")).tokenizer.to_str()
-
-
-def call(monkeypatch, capsys, *args):
-    from ulimi import cli
-
-    monkeypatch.setattr("sys.argv", ["ulimi", *map(str, args)])
-    capsys.readouterr()
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = end.code or 0
-    return code, *capsys.readouterr()
 
 
 # Its folder

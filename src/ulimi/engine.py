@@ -581,10 +581,10 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto", exact: bo
                     f"--engine onnx: {path} was made of other weights than {WEIGHTS} beside it; "
                     f"`ulimi export {run.dir}` writes it anew"
                 )
-    if not has_torch and (kind == "torch" or device not in ("auto", "cpu")):
-        asked = "--engine torch" if kind == "torch" else f"--device {device}"
-        raise UlimiError(f"{asked} needs PyTorch and what comes with it: pip install 'ulimi[train]'")
     if not has_torch:
+        if kind == "torch" or device not in ("auto", "cpu"):
+            asked = "--engine torch" if kind == "torch" else f"--device {device}"
+            raise UlimiError(f"{asked} needs PyTorch and what comes with it: pip install 'ulimi[train]'")
         raise UlimiError(
             f"{run.dir} holds no {ONNX} of its weights; `ulimi export {run.dir}` writes it, or "
             "pip install 'ulimi[train]' brings PyTorch"

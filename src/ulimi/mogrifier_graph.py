@@ -50,17 +50,16 @@ def low_sizes(model: AWDLSTM, ids_BT: NDArray[np.int64]) -> dict[tuple[int, int]
     """Give the largest sizes, (K,), of what the first matrix of each layer's rounds gives on a text."""
     sizes: dict[tuple[int, int], torch.Tensor] = {}
     with torch.inference_mode():
-        x_BTI = torch.nn.functional.embedding(torch.from_numpy(ids_BT), model.model.embed_tokens.weight)
-        for i, layer in enumerate(model.layers):
+        x_BTI = model.model.embed_tokens(torch.from_numpy(ids_BT))
+        for i, (layer, state) in enumerate(zip(model.layers, model.initial_state(len(ids_BT)), strict=True)):
 
             def look(r: int, low_BK: torch.Tensor, i: int = i) -> None:
                 largest_K = low_BK.abs().amax(dim=0)
                 sizes[i, r] = torch.maximum(sizes[i, r], largest_K) if (i, r) in sizes else largest_K
 
             weight_ih, weight_hh, bias_ih, bias_hh = layer.lstm.all_weights[0]
-            zeros = x_BTI.new_zeros(1, len(x_BTI), layer.lstm.hidden_size)
             x_BTI, _ = mogrifier.reference(
-                x_BTI, (zeros, zeros), weight_ih, weight_hh, bias_ih + bias_hh, layer.round_matrices(), look
+                x_BTI, state, weight_ih, weight_hh, bias_ih + bias_hh, layer.round_matrices(), look
             )
     return {key: largest_K.numpy() for key, largest_K in sizes.items()}
 
