@@ -33,7 +33,7 @@ LAYERS = [
     {"generate", "spelling", "baseline", "mixture", "judge"},
     {"beam", "suggest"},
     {"writer", "keystrokes"},
-    {"study", "serve"},
+    {"study", "serve", "web_folder"},
     {"report"},
     {"recipe", "cpu", "cuda", "plot", "graph_weights"},
     {"mogrifier"},

@@ -240,13 +240,20 @@ def test_the_page_asks_nobody_else(server):
     status, headers, text = send(server, "/?from=a-bookmark")
     assert status == 200
     assert headers["Content-Type"] == "text/html; charset=utf-8"
-    assert text == PAGE.read_text(encoding="utf-8")
+    assert text == (PAGE / "index.html").read_text(encoding="utf-8")
     policy = headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     # Its icon is an empty one of its own: a browser that may not have it complains, without one it asks for another.
     assert '<link rel="icon" href="data:,">' in text
     assert "img-src data:" in policy
     assert not re.search(r"https?:|src=|@import", text)
+    # What it asks with comes from this server as well, and asks it in turn.
+    assert re.findall(r' from "(.*?)"', text) == ["./answer.js"]
+    assert "script-src 'unsafe-inline' 'self'" in policy
+    status, headers, script = send(server, "/answer.js")
+    assert (status, headers["Content-Type"]) == (200, "text/javascript; charset=utf-8")
+    assert script == (PAGE / "answer.js").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|import", script)
     # What its script sends are fields that there are.
     sent = dict(re.findall(r'ask\("(\w+)", \{(.*?)\}[,)]', text, re.S))
     assert sent.keys() == {"generate", "suggest", "score"}
@@ -270,14 +277,14 @@ class Elements(HTMLParser):
 
 
 def test_the_script_of_the_page_finds_what_it_is_about():
-    text = PAGE.read_text(encoding="utf-8")
+    text = (PAGE / "index.html").read_text(encoding="utf-8")
     ids = [attrs["id"] for _, attrs in Elements(text).all if "id" in attrs]
     assert len(set(ids)) == len(ids)
     assert set(re.findall(r'(?:\$|number|onPress)\("(\w+)"', text)) <= set(ids)
 
 
 def test_the_page_can_be_used_without_seeing_it():
-    text = PAGE.read_text(encoding="utf-8")
+    text = (PAGE / "index.html").read_text(encoding="utf-8")
     elements = Elements(text).all
     assert [tag for tag, _ in elements if re.fullmatch(r"main|h\d", tag)] == ["main", "h1", "h2", "h2"]
     # A name is read out only of what has a role; a field has a label; what changes by itself is told.
@@ -304,7 +311,7 @@ def test_the_colours_of_the_page_can_be_read(scheme, page):
         dark, bright = sorted((luminance(one), luminance(other)))
         return (bright + 0.05) / (dark + 0.05)
 
-    text = PAGE.read_text(encoding="utf-8")
+    text = (PAGE / "index.html").read_text(encoding="utf-8")
     light, dark = (dict(re.findall(r"--(\w+): (#\w+)", rule)) for rule in re.findall(r":root \{(.*?)\}", text))
     colors = light if scheme == "light" else light | dark
     assert colors.keys() == {"line", "quiet", "p0", "p1", "p2", "p3", "p4"}

@@ -1027,6 +1027,25 @@ def release(
 
 
 @app.command()
+def web(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to make.")],
+    model: ModelOption = DEFAULT_MODEL,
+    libraries: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Take the JavaScript libraries from here, a lib/ or node_modules; not by npm."
+        ),
+    ] = None,
+) -> None:
+    """Make a web page with the model in it: it suggests and writes in the browser, without a server of ulimi's."""
+    from ulimi.run import open_run
+    from ulimi.web_folder import write_web_folder
+
+    num_bytes = write_web_folder(open_run(model), out, libraries=libraries)
+    typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB; try: python3 -m http.server -d {out}")
+
+
+@app.command()
 def info(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run folder, or a shipped model's name.")

@@ -1,6 +1,6 @@
 """A model behind HTTP: JSON in, JSON out, and a page to try it on. For keyboards, editors and classrooms.
 
-    GET  /          the page
+    GET  /          the page, and what it asks with, /answer.js
     GET  /model     what model this is
     POST /generate  {"prompt": …, "num": 1, "seed": …, "temperature": …, …}  -> {"texts": […]}
     POST /suggest   {"text": …, "num": 5}                                     -> {"suggestions": […], "covered": …}
@@ -55,10 +55,11 @@ MAX_TOKENS = 10_000
 MAX_ITEMS = 1000
 """of a list"""
 
-PAGE = Path(__file__).with_name("web") / "index.html"
-# The page is one file and asks this server alone.
+PAGE = Path(__file__).with_name("web")
+# The page asks this server alone.
 PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'self'; connect-src 'self'; "
+    "img-src data:"
 )
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
@@ -204,9 +205,11 @@ def make_app(service: Service, origins: Sequence[str] = (), *, any_host: bool = 
     asks = {"/generate": service.generate, "/suggest": service.suggest, "/score": service.score}
 
     async def page(_: Request) -> Response:
-        return Response(
-            PAGE.read_bytes(), headers={**NO_STORE, "Content-Security-Policy": PAGE_POLICY}, media_type="text/html"
-        )
+        headers = {**NO_STORE, "Content-Security-Policy": PAGE_POLICY}
+        return Response((PAGE / "index.html").read_bytes(), headers=headers, media_type="text/html")
+
+    async def page_answer(_: Request) -> Response:
+        return Response((PAGE / "answer.js").read_bytes(), headers=NO_STORE, media_type="text/javascript")
 
     async def model(_: Request) -> Response:
         return _json_response(service.model())
@@ -229,7 +232,7 @@ def make_app(service: Service, origins: Sequence[str] = (), *, any_host: bool = 
     async def fault(_: Request, error: Exception) -> Response:
         return _json_response({"error": "a fault of ulimi's own; the terminal of its server shows it"}, 500)
 
-    routes = [Route("/", page), Route("/model", model)]
+    routes = [Route("/", page), Route("/answer.js", page_answer), Route("/model", model)]
     routes += [Route(path, _endpoint(answer, turn), methods=["POST"]) for path, answer in asks.items()]
     middleware: list[Middleware] = []
     if origins:
