@@ -61,12 +61,12 @@ def real() -> Run:
 
 def test_a_name_opens_a_shipped_model_and_a_run_folder_of_that_name_wins(small, tiny_run):
     assert shipped_models() == ["isizulu"]
-    assert open_run(Path("isizulu")).dir == small
+    assert open_run(Path("isizulu")).dir == open_run("isizulu").dir == small
     Path("isizulu").mkdir()
     (Path("isizulu") / "train.txt").write_text("Abantu bafunda.\n")  # a corpus of that name is no run
     assert open_run(Path("isizulu")).dir == small
     shutil.copytree(tiny_run.dir, "isizulu", dirs_exist_ok=True)
-    assert open_run(Path("isizulu")).dir == Path("isizulu")
+    assert open_run(Path("isizulu")).dir == open_run("isizulu").dir == Path("isizulu")
 
 
 def test_a_path_never_means_a_shipped_model(small, tmp_path):

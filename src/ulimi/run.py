@@ -226,7 +226,7 @@ def shipped_models() -> list[str]:
     return sorted(path.parent.name for path in MODELS.glob("*/meta.json"))
 
 
-def open_run(path: Path) -> Run:
+def open_run(path: Path | str) -> Run:
     """Open a run folder, or a model that ships with the package.
 
     Args:
@@ -236,7 +236,7 @@ def open_run(path: Path) -> Run:
     Raises:
         UlimiError: no such folder, not a run folder, or one of a newer format.
     """
-    shipped = shipped_models()
+    shipped, path = shipped_models(), Path(path)
     if str(path) in shipped and not (path / "meta.json").is_file():
         path = MODELS / path
     if not path.is_dir():
