@@ -355,6 +355,15 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, corpus):
     assert contents(tmp_path) == before
 
 
+def test_a_run_cannot_be_made_shorter_than_it_is(tmp_path, corpus):
+    train(corpus, tmp_path, tiny("optim.max_epochs=2"))
+    before = contents(tmp_path)
+    said = refusal(lambda: train(corpus, tmp_path, tiny("optim.max_epochs=1"), resume=True))
+    assert "optim.max_epochs is 1; the run in" in said
+    assert "has 2 epochs: allowed: 2 or more" in said
+    assert contents(tmp_path) == before
+
+
 def test_the_seed_decides_the_run(tmp_path, corpus):
     for name, seed in (("one", 3), ("same", 3), ("other", 4)):
         train(corpus, tmp_path / name, tiny("optim.max_epochs=1", f"optim.seed={seed}"))

@@ -67,7 +67,11 @@ def libraries(tmp_path_factory):
         pytest.skip("wants Node.js and npm")
     folder = tmp_path_factory.mktemp("npm")
     try:
-        write_web_folder(open_run(DEFAULT_MODEL), folder / "web")
+        with pytest.MonkeyPatch.context() as patch:
+            # Where there is no network, say so soon.
+            patch.setenv("npm_config_fetch_timeout", "120000")
+            patch.setenv("npm_config_fetch_retries", "0")
+            write_web_folder(open_run(DEFAULT_MODEL), folder / "web")
     except UlimiError as error:
         if "npm could not fetch" not in str(error):
             raise

@@ -675,6 +675,12 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
                 f"{', '.join(fixed)}: differs from the run in {run_dir}; with --resume only "
                 f"{' and '.join(RESUMABLE_CHANGES)} may change; for other settings start a new run"
             )
+        # Its recipe would say what is not so.
+        if "optim.max_epochs" in changed and (done := len(old.metrics())) > recipe.optim.max_epochs:
+            raise UlimiError(
+                f"optim.max_epochs is {recipe.optim.max_epochs}; the run in {run_dir} has {done} epochs: allowed: {done} "
+                "or more"
+            )
         return old
     if has_run:
         raise UlimiError(f"{run_dir} already holds a run: continue it with --resume, or give another --out")
