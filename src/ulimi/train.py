@@ -678,8 +678,8 @@ def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run 
         # Its recipe would say what is not so.
         if "optim.max_epochs" in changed and (done := len(old.metrics())) > recipe.optim.max_epochs:
             raise UlimiError(
-                f"optim.max_epochs is {recipe.optim.max_epochs}; the run in {run_dir} has {done} epochs: allowed: {done} "
-                "or more"
+                f"optim.max_epochs is {recipe.optim.max_epochs}; the run in {run_dir} has {done} epochs: allowed: "
+                f"{done} or more"
             )
         return old
     if has_run:
