@@ -1,24 +1,21 @@
 // Asks a folder of `ulimi web` in Node.js: node web_folder.mjs DIR < questions.json > answers.json
-// A question is [method, ...arguments] of its model; an answer is what it gives, or { error }.
+// A question is [method, ...arguments] of its model; an answer is what it gives, or { error }. The questions of
+// ["together", questions] are asked at once.
 
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 
-const folder = process.argv[2];
-const part = (name) => import(pathToFileURL(`${folder}/${name}`));
-const json = (name) => JSON.parse(readFileSync(`${folder}/model/${name}`, "utf8"));
-const [ort, { Tokenizer }, { create }] = await Promise.all([
-  part("lib/ort.wasm.min.mjs"), part("lib/tokenizers.min.mjs"), part("ulimi.js"),
-]);
-const graph = readFileSync(`${folder}/model/model.onnx`);
-const files = { config: json("model.json"), tokenizer: json("tokenizer.json"), graph };
-const model = await create(files, { ort, Tokenizer });
-const answers = [];
-for (const [method, ...given] of JSON.parse(readFileSync(0, "utf8"))) {
+const { load } = await import(pathToFileURL(`${process.argv[2]}/ulimi.js`));
+const model = await load();
+
+async function answer([method, ...given]) {
   try {
-    answers.push(await model[method](...given));
+    return method === "together" ? await Promise.all(given[0].map(answer)) : await model[method](...given);
   } catch (error) {
-    answers.push({ error: error.message });
+    return { error: error.message };
   }
 }
+
+const answers = [];
+for (const question of JSON.parse(readFileSync(0, "utf8"))) answers.push(await answer(question));
 console.log(JSON.stringify(answers));

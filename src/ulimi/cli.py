@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -1042,7 +1043,7 @@ def web(
     from ulimi.web_folder import write_web_folder
 
     num_bytes = write_web_folder(open_run(model), out, libraries=libraries)
-    typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB; try: python3 -m http.server -d {out}")
+    typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB; try: python3 -m http.server -d {shlex.quote(str(out))}")
 
 
 @app.command()

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulimi.engine import Engine, EngineState
+from ulimi.errors import UlimiError
 from ulimi.spelling import Cover, TokenIndex, log_probs, search_covers, split_prompt
 from ulimi.tokenizer import Tokenizer
 from ulimi.words import APOSTROPHES, in_word
@@ -96,12 +97,14 @@ class Suggester:
             The most probable first; fewer, if no more were found.
 
         Raises:
-            UlimiError: the text holds a lone surrogate, or the model's logits are not finite.
+            UlimiError: the text holds a lone surrogate, `num` is below 1, or the model's logits are not finite.
         """
         return self.search(text, num).words
 
     def search(self, text: str, num: int = 5) -> Suggestions:
         """Do what `suggest` does, and say how much of the probability was looked at."""
+        if num < 1:
+            raise UlimiError(f"num must be 1 or more; got {num}")
         context_ids, begun = split_prompt(self._tokenizer, text)
         search = _Search(self._vocabulary, self._read, word_begun(self._tokenizer.normalize(text)), self._max_steps)
         root = self._read_context(tuple(context_ids))

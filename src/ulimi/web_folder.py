@@ -1,13 +1,14 @@
 """A folder that is a web page with the model in it: it suggests, writes and scores in the browser, by itself.
 
     index.html  answer.js  worker.js    the page of `ulimi serve`, and what answers it here
-    ulimi.js                            the model for programs of one's own, in a browser or in Node.js
+    ulimi.js  libraries.js              the model for programs of one's own, in a browser or in Node.js
     model/                              model.onnx, tokenizer.json, model.json; the model's cards
     lib/                                ONNX Runtime Web and Hugging Face's tokenizers, from npm
-    README.md                           what to do with it
+    README.md  LICENSES.txt             what to do with it, and what may be done
+    package.json                        tells Node.js that .js are modules
 
-Nothing that is typed leaves the browser, and nothing is loaded from another place, so it works without a network once
-it is there. Light floor: the graph is that of `ulimi.export`, as it is.
+Nothing that is typed leaves the browser, and nothing is loaded from another place. Light floor: the graph is
+that of `ulimi.export`, as it is.
 """
 
 import shutil
@@ -28,14 +29,25 @@ from ulimi.tokenizer import Tokenizer
 PAGE = Path(__file__).with_name("web")
 COPIED = {
     "index.html": "index.html", "local.js": "answer.js", "worker.js": "worker.js", "ulimi.js": "ulimi.js",
+    "libraries.js": "libraries.js", "LICENSES.txt": "LICENSES.txt",
 }  # fmt: skip
 """of the package, and what it is called there"""
 
 LIBRARIES = {
-    "onnxruntime-web": ("^1.30.0", ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")),
-    "@huggingface/tokenizers": ("^0.2.0", ("tokenizers.min.mjs",)),
+    "onnxruntime-web": (
+        "^1.30.0",
+        {
+            "ort.wasm.min.mjs": "ort.wasm.min.js",
+            "ort-wasm-simd-threaded.mjs": "ort-wasm-simd-threaded.js",
+            "ort-wasm-simd-threaded.wasm": "ort-wasm-simd-threaded.wasm",
+        },
+    ),
+    "@huggingface/tokenizers": ("^0.2.0", {"tokenizers.min.mjs": "tokenizers.min.js"}),
 }
-"""packages of npm: versions that were tried, and what of their dist/ is needed"""
+"""packages of npm: versions that were tried; what of their dist/ is needed, and what it is called in lib/, since not
+every web server knows that .mjs is JavaScript"""
+
+CARDS = (CARD, SOURCE_CARD)
 
 NPM_SECONDS = 600
 
@@ -63,11 +75,14 @@ def write_web_folder(run: Run, out: Path, *, libraries: Path | None = None) -> i
         raise UlimiError(
             f"{run.dir}: its tokenizer is of kind {tokenizer.kind!r}; `ulimi web` takes bpe, unigram or char"
         )
+    if not (run.dir / ONNX).is_file():
+        raise UlimiError(f"{run.dir}: holds no {ONNX}; `ulimi export {run.dir}` writes it")
     engine = load_engine(run, kind="onnx")
     assert isinstance(engine, OnnxEngine)
     with atomic_dir(out) as unfinished:
         for name, target in COPIED.items():
             shutil.copyfile(PAGE / name, unfinished / target)
+        write_json(unfinished / "package.json", {"type": "module", "private": True})
         _write_model(run, tokenizer, engine, unfinished / "model")
         lib = unfinished / "lib"
         lib.mkdir()
@@ -76,15 +91,19 @@ def write_web_folder(run: Run, out: Path, *, libraries: Path | None = None) -> i
         else:
             _copy_libraries(libraries, lib)
         num_bytes = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
+        cards = [f"model/{name}" for name in CARDS if (unfinished / "model" / name).is_file()]
+        licence = f"is told in {' and '.join(cards)}" if cards else "is for whoever trained it to say here"
         text = Template((PAGE / "README.md").read_text(encoding="utf-8"))
-        said = text.substitute(name=run.dir.resolve().name, version=ulimi.__version__, megabytes=round(num_bytes / 1e6))
+        said = text.substitute(
+            name=run.dir.resolve().name, version=ulimi.__version__, megabytes=round(num_bytes / 1e6), licence=licence
+        )
         (unfinished / "README.md").write_text(said, encoding="utf-8", newline="\n")
     return num_bytes
 
 
 def _write_model(run: Run, tokenizer: Tokenizer, engine: OnnxEngine, out: Path) -> None:
     out.mkdir()
-    for name in (ONNX, "tokenizer.json", CARD, SOURCE_CARD):
+    for name in (ONNX, "tokenizer.json", *CARDS):
         if (run.dir / name).is_file():
             shutil.copyfile(run.dir / name, out / name)
     write_json(out / "model.json", describe(run.dir.resolve().name, tokenizer, engine))
@@ -105,20 +124,23 @@ def describe(name: str, tokenizer: Tokenizer, engine: OnnxEngine) -> dict[str, A
         for name, size in engine.state_sizes.items()
     ]
     tokens = [tokenizer.token_bytes(id).decode("latin-1") for id in range(tokenizer.vocab_size)]
-    return {"name": name, "ulimi": ulimi.__version__, "kind": tokenizer.kind, "state": state, "tokens": tokens}
+    return {
+        "name": name, "about": "README.md", "ulimi": ulimi.__version__, "kind": tokenizer.kind, "state": state,
+        "tokens": tokens,
+    }  # fmt: skip
 
 
 def _copy_libraries(source: Path, lib: Path) -> None:
     for package, (_, names) in LIBRARIES.items():
-        for name in names:
-            places = [source / name, source / package / "dist" / name]
+        for name, target in names.items():
+            places = [source / target, source / name, source / package / "dist" / name]
             found = next((place for place in places if place.is_file()), None)
             if found is None:
                 raise UlimiError(
                     f"--libraries {source}: no {name}; allowed: a folder that holds it (another web folder's lib), "
                     f"or a node_modules with {package}"
                 )
-            shutil.copyfile(found, lib / name)
+            shutil.copyfile(found, lib / target)
 
 
 def _fetch_libraries(lib: Path) -> None:
@@ -133,18 +155,20 @@ def _fetch_libraries(lib: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             command = [npm, "pack", f"{package}@{versions}", "--pack-destination", scratch, "--loglevel", "error"]
             try:
-                done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=NPM_SECONDS)
+                done = subprocess.run(command, check=False, capture_output=True, timeout=NPM_SECONDS)
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise _not_fetched(package, str(error)) from None
             packed = next(Path(scratch).glob("*.tgz"), None)
             if done.returncode or packed is None:
-                raise _not_fetched(package, " ".join(done.stderr.split("\n")[:2]).strip() or "it left no package")
+                said = " ".join(done.stderr.decode(errors="replace").splitlines()[:2])
+                raise _not_fetched(package, said or "it left no package")
             try:
                 with tarfile.open(packed) as archive:
-                    for name in names:
-                        member = archive.extractfile(f"package/dist/{name}")
-                        assert member is not None
-                        (lib / name).write_bytes(member.read())
+                    for name, target in names.items():
+                        file = archive.extractfile(f"package/dist/{name}")
+                        if file is None:
+                            raise KeyError(f"package/dist/{name} is no file")
+                        (lib / target).write_bytes(file.read())
             except (tarfile.TarError, KeyError) as error:
                 raise _not_fetched(package, str(error.args[0]).splitlines()[0].rstrip(":")) from None
 

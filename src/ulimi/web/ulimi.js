@@ -1,9 +1,7 @@
 // A model of ulimi without a server: in a browser, in a worker, in Node.js. `ulimi web` writes what it reads.
 //
-//   import * as ort from "./lib/ort.wasm.min.mjs";
-//   import { Tokenizer } from "./lib/tokenizers.min.mjs";
 //   import { load } from "./ulimi.js";
-//   const model = await load("./model/", { ort, Tokenizer });
+//   const model = await load();
 //   await model.suggest("Ngiyabonga kakh", 3);  // { suggestions: [{ word, probability }], covered }
 //   await model.write("Namhlanje", { max_words: 20 });
 //   await model.score("Sawubona, unjani?");
@@ -14,10 +12,12 @@
 //
 // Bytes are strings of characters U+0000 to U+00FF, so that they can be compared, cut and joined as Python's are.
 
-const MAX_BEGUN_BYTES = 64, MAX_WORDS = 1000, MAX_KNOWN = 512, WINDOW = 64;
+const MAX_BEGUN_BYTES = 64, MAX_WORDS = 1000, MAX_KNOWN = 512, WINDOW = 64, PAUSE_MS = 50;
 const APOSTROPHES = "'’", JOINERS = "-\u2011" + APOSTROPHES;
 const IN_WORD = /[\p{L}\p{M}\p{N}]/u;
-const SPACE = /^[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]/;
+// As Python has it.
+const WHITE = "\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000";
+const SPACE = new RegExp(`^[${WHITE}]`), NO_SPACE = new RegExp(`[^${WHITE}]`);
 const SENTENCE_END = /[.!?…]["'”’»)\]]*$/;
 const PIECE = / ?\p{L}[\p{L}\p{M}]*|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+/gu;
 const SURROGATE = /\p{Surrogate}/u;
@@ -76,19 +76,36 @@ function scan(bytes) {
   return { num: end, ends: false, pending: "" };
 }
 
-/** Fetch a model that `ulimi web` wrote. `base` is the address of its folder, with a slash at its end. */
-export async function load(base, libraries) {
-  const fetched = async (name) => {
-    const answer = await fetch(base + name);
-    if (!answer.ok) throw new Error(`${base}${name}: ${answer.status} ${answer.statusText}`);
-    return answer;
+/**
+ * Fetch a model that `ulimi web` wrote, in a browser or in Node.js: from `base`, the address of its folder with a slash
+ * at its end, or where it lies beside this file. `libraries` are { ort, Tokenizer }, by default those of libraries.js.
+ */
+export async function load(base = new URL("./model/", import.meta.url), libraries = undefined) {
+  const part = (name) => new URL(name, new URL(base, globalThis.location?.href));
+  const json = async (name) => {
+    const bytes = await fetched(part(name));
+    try { return JSON.parse(new TextDecoder().decode(bytes)); } catch { throw new Error(`${part(name)} is no JSON`); }
   };
-  const [config, tokenizer, graph] = await Promise.all([
-    fetched("model.json").then((answer) => answer.json()),
-    fetched("tokenizer.json").then((answer) => answer.json()),
-    fetched("model.onnx").then((answer) => answer.arrayBuffer()),
+  const [config, tokenizer, graph, known] = await Promise.all([
+    json("model.json"), json("tokenizer.json"), fetched(part("model.onnx")), libraries ?? import("./libraries.js"),
   ]);
-  return create({ config, tokenizer, graph }, libraries);
+  try {
+    return await create({ config, tokenizer, graph }, known);
+  } catch (error) {
+    throw new Error(`${part("model.onnx")} cannot be used: ${error.message ?? error}`);
+  }
+}
+
+async function fetched(address) {
+  if (address.protocol === "file:") return (await import("node:fs/promises")).readFile(address);  // Node.js
+  let answer;
+  try {
+    answer = await fetch(address);
+    if (answer.ok) return await answer.arrayBuffer();
+  } catch (error) {
+    throw new Error(`${address} cannot be loaded: ${error.message}`);
+  }
+  throw new Error(`${address} cannot be loaded: ${answer.status} ${answer.statusText}`);
 }
 
 /** The same from what is there already: the JSON of model.json and tokenizer.json, the bytes of model.onnx. */
@@ -104,6 +121,7 @@ export class Model {
   #tokenizer; #session; #Tensor; #tokens; #eos; #sorted; #scans; #ends; #goesOn; #endsWithin; #inside; #outside;
   #known = new Map();  // what was read, by its ids: log-probabilities of the next token, state; the oldest first
   #turn = Promise.resolve();
+  #rested = performance.now();
 
   constructor(config, tokenizer, session, Tensor) {
     /** What model.json says: name, kind of tokenizer, tokens as bytes, sizes and first values of the state. */
@@ -125,12 +143,17 @@ export class Model {
 
   /** The ids of a text; each "\n" is <eos>, and nothing is added at the end. */
   encode(text) {
+    checkText(text);
     if (SURROGATE.test(text)) throw new Error("the text holds a lone surrogate; it is no Unicode");
     return text.split("\n").flatMap((line) => [...this.#tokenizer.encode(line).ids, this.#eos]).slice(0, -1);
   }
 
   /** The `num` most probable words that the end of a text may become, as `ulimi suggest`. */
-  async suggest(text, num = 5, { max_steps = 32, min_ratio = 1 } = {}) {
+  async suggest(text, num = 5, { max_steps = 32, min_ratio = 1, ...others } = {}) {
+    refuseOthers(others, "max_steps, min_ratio");
+    check("num", num, Number.isInteger(num) && num >= 1, "a whole number, 1 or more");
+    check("max_steps", max_steps, Number.isInteger(max_steps) && max_steps >= 1, "a whole number, 1 or more");
+    check("min_ratio", min_ratio, min_ratio >= 0 && min_ratio <= 1, "0 to 1");
     const { context, begun } = this.#split(text);
     const search = new Search(num, min_ratio, wordBegun(text.normalize("NFC")));
     const root = await this.#readAll(context);
@@ -158,7 +181,9 @@ export class Model {
    * those of the prompt that are surely whole and those that were written, { text, probability, num_tokens }.
    * 0 is no limit; `end` is "never", "paragraph" or "sentence"; without a seed, chance decides.
    */
-  async write(prompt, { max_tokens = 100, max_words = 0, end = "never", temperature, top_p, seed } = {}) {
+  async write(prompt, { max_tokens = 100, max_words = 0, end = "never", temperature, top_p, seed, ...others } = {}) {
+    refuseOthers(others, "max_tokens, max_words, end, temperature, top_p, seed");
+    checkText(prompt);
     check("max_tokens", max_tokens, Number.isInteger(max_tokens) && max_tokens >= 1, "a whole number, 1 or more");
     check("max_words", max_words, Number.isInteger(max_words) && max_words >= 0, "a whole number, 0 (none) or more");
     check("end", end, ENDS.includes(end), ENDS.join(", "));
@@ -166,14 +191,17 @@ export class Model {
     const nucleus = top_p ?? (temperature === undefined ? 0.8 : 1), heat = temperature ?? 1, chance = random(seed);
     check("temperature", heat, heat >= 0 && heat < Infinity, "0 (the most probable token) or more");
     check("top_p", nucleus, nucleus > 0 && nucleus <= 1, "above 0, at most 1");
-    check("seed", seed, seed === undefined || (Number.isInteger(seed) && seed >= 0), "a whole number, 0 or more");
+    const isSeed = seed === undefined || (Number.isInteger(seed) && seed >= 0 && seed < 2 ** 32);
+    check("seed", seed, isSeed, "a whole number, 0 to 4294967295");
     prompt = prompt.normalize("NFC");
     const { context, begun } = this.#split(prompt);
     const typed = toText(begun), before = await this.#promptWords(context);
     const writer = new WordWriter(this.#tokens, { max_words, end }, typed);
     let known = await this.#readAll(context), left = max_tokens;
     if (begun) {
-      const { found, total } = await this.#covers(known, begun, { max_covers: 1000, min_share: 1e-4, max_steps: 200 });
+      const { found } = await this.#covers(known, begun, { max_covers: 1000, min_share: 1e-4, max_steps: 200 });
+      // What was typed is certain: one of these it was.
+      const total = found.reduce((sum, { logprob }) => logAddExp(sum, logprob), -Infinity);
       const start = found[draw(Float64Array.from(found, (cover) => cover.logprob - total), heat, nucleus, chance)];
       start.ids.forEach((id, i) => writer.push(id, i === start.ids.length - 1 ? start.logprob - total : 0));
       if (!writer.stopped && --left) known = await this.#read(start.ids.at(-1), start.before);
@@ -190,6 +218,7 @@ export class Model {
 
   /** How probable a line is by itself, its end included, as `ulimi score`. */
   async score(line) {
+    checkText(line);
     check("line", line, !line.includes("\n"), "one line, without a line end in it");
     const ids = [this.#eos, ...this.encode(line), this.#eos], num_chars = [...line].length + 1;
     const nats = -(await this.#logProbsOf(ids)).reduce((sum, logprob) => sum + logprob, 0);
@@ -212,9 +241,15 @@ export class Model {
     this.config.state.forEach(({ name, size }, i) => {
       feeds[name] = new this.#Tensor("float32", state[i], [1, 1, size]);
     });
-    const result = this.#turn.then(() => this.#session.run(feeds)).then((out) => ({
-      logits: out.logits.data, state: this.config.state.map(({ name }) => out[`${name}_out`].data),
-    }));
+    const result = this.#turn.then(async () => {
+      // Whatever else the thread has to do, another question for one, gets its turn.
+      if (performance.now() - this.#rested > PAUSE_MS) {
+        await new Promise((done) => setTimeout(done));
+        this.#rested = performance.now();
+      }
+      const out = await this.#session.run(feeds);
+      return { logits: out.logits.data, state: this.config.state.map(({ name }) => out[`${name}_out`].data) };
+    });
     this.#turn = result.catch(() => {});
     return result;
   }
@@ -242,8 +277,11 @@ export class Model {
 
   /** Read a text, from the longest beginning of it that is known. */
   async #readAll(ids) {
-    let length = ids.length, known;
-    while (length && !(known = this.#recall(ids.slice(0, length)))) length--;
+    const lengths = new Set([...this.#known.values()].map((read) => read.ids.length));
+    let length = 0, known;
+    for (const candidate of [...lengths].filter((some) => some <= ids.length).sort((a, b) => b - a)) {
+      if ((known = this.#recall(ids.slice(0, candidate)))) { length = candidate; break; }
+    }
     let state = known ? known.state : this.#initialState(), logits;
     if (length === ids.length) return known;
     for (let start = length; start < ids.length; start += WINDOW) {
@@ -441,7 +479,7 @@ class WordWriter {
     return left > 0 ? [...this.#words, { text: this.#typed.slice(-left), logprob: 0, num_tokens: 0 }] : this.#words;
   }
 
-  #isWord() { return this.#open.text.slice(Math.max(0, -this.#numChars)).trim() !== ""; }
+  #isWord() { return NO_SPACE.test(this.#open.text.slice(Math.max(0, -this.#numChars))); }
 
   #endsHere() {
     if (this.#ending.max_words && this.#numWords + this.#isWord() >= this.#ending.max_words) return true;
@@ -501,5 +539,13 @@ function random(seed) {
 }
 
 function check(name, value, ok, allowed) {
-  if (!ok) throw new Error(`${name} is ${JSON.stringify(value) ?? value}; allowed: ${allowed}`);
+  if (!ok) throw new Error(`${name} is ${String(value).slice(0, 40)}; allowed: ${allowed}`);
+}
+
+function checkText(text) {
+  check("the text", text, typeof text === "string", "a string");
+}
+
+function refuseOthers(others, allowed) {
+  for (const name of Object.keys(others)) throw new Error(`unknown option ${name}; allowed: ${allowed}`);
 }

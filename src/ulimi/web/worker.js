@@ -1,14 +1,15 @@
-// The model, in a thread of its own, so that the page stays quick while it computes. One question after another.
+// The model, in a thread of its own, so that the page stays quick while it computes.
 
-import * as ort from "./lib/ort.wasm.min.mjs";
-import { Tokenizer } from "./lib/tokenizers.min.mjs";
 import { load } from "./ulimi.js";
 
-const loading = load("./model/", { ort, Tokenizer });
+const loading = load();
 const answers = {
-  model: (model) => ({ model: model.config.name, vocab_size: model.config.tokens.length, ulimi: model.config.ulimi }),
+  model: (model) => {
+    const { name, about, tokens, ulimi } = model.config;
+    return { model: name, vocab_size: tokens.length, ulimi, about };
+  },
   suggest: (model, { text, num }) => model.suggest(text, num),
-  generate: async (model, { prompt, ...asked }) => ({ texts: [await model.write(prompt, asked)] }),
+  generate: async (model, { prompt, probabilities, ...asked }) => ({ texts: [await model.write(prompt, asked)] }),
   score: async (model, { lines }) => {
     const scored = [];
     for (const line of lines) scored.push(await model.score(line));
@@ -16,21 +17,23 @@ const answers = {
   },
 };
 const dropped = new Set();  // nobody waits for them any more
-let turn = loading.catch(() => {});
+const turns = { suggest: loading.catch(() => {}), other: loading.catch(() => {}) };
 
 onmessage = ({ data: { number, path, request } }) => {
   if (path === undefined) {
     dropped.add(number);
     return;
   }
-  turn = turn.then(async () => {
+  // One question after another; but words are suggested while a text is written or scored.
+  const line = path === "suggest" ? "suggest" : "other";
+  turns[line] = turns[line].then(async () => {
     await new Promise((done) => setTimeout(done));  // whoever has given up meanwhile says so before this begins
     if (dropped.delete(number)) return;
     let value;
     try {
       value = await answers[path](await loading, request);
     } catch (error) {
-      value = { error: error.message };
+      value = { error: String(error?.message ?? error) };
     }
     postMessage({ number, value });
   });
