@@ -216,17 +216,18 @@ class OnnxEngine:
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.weights_sha256 = metadata.get("weights_sha256", "")
         # Without constant scales, the pads behind a row's own tokens have their part in the scale of its window, too.
-        self.has_ends = FIXED_SCALES in metadata
-        self.batch_invariant = self.has_ends or CONSTANT_SCALES in metadata
+        self._has_ends = FIXED_SCALES in metadata
+        self.batch_invariant = self._has_ends or CONSTANT_SCALES in metadata
         logits, *_ = self._session.get_outputs()
         self.vocab_size = int(logits.shape[-1])
         _, *states = self._session.get_inputs()
-        self.state_sizes = {state.name: int(state.shape[-1]) for state in states}
+        self.state_names = [state.name for state in states]
+        self._sizes = [int(state.shape[-1]) for state in states]
 
     def initial_state(self, batch_size: int) -> EngineState:
         """Zeros for `batch_size` streams, apart from the units that keep the scales."""
-        state = [np.zeros((1, batch_size, size), dtype=np.float32) for size in self.state_sizes.values()]
-        if self.has_ends:
+        state = [np.zeros((1, batch_size, size), dtype=np.float32) for size in self._sizes]
+        if self._has_ends:
             for h, c in zip(state[::2], state[1::2], strict=True):
                 h[..., -2:], c[..., -2:] = ENDS_H, ENDS_C
         return state
@@ -265,7 +266,7 @@ class OnnxEngine:
         if not self.batch_invariant and len(inputs_BT) > 1:
             return self._row_by_row(self.logits, (inputs_BT,), state)
         logits_TBV, *new_state = self._session.run(
-            None, {"ids": inputs_BT.T, **dict(zip(self.state_sizes, state, strict=True))}
+            None, {"ids": inputs_BT.T, **dict(zip(self.state_names, state, strict=True))}
         )
         return logits_TBV.swapaxes(0, 1), new_state
 
@@ -284,7 +285,7 @@ class OnnxEngine:
     def output(self, state: EngineState) -> NDArray[np.float32]:
         """Give the last layer's output that led to this state, (B, E)."""
         output_BE: NDArray[np.float32] = state[-2][0]
-        return output_BE[:, :-2] if self.has_ends else output_BE
+        return output_BE[:, :-2] if self._has_ends else output_BE
 
     def _row_by_row(
         self, call: Callable[..., tuple[NDArray[np.float32], EngineState]], windows: Sequence[NDArray[np.int64]],

@@ -19,8 +19,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
+
 import ulimi
-from ulimi.engine import ENDS_C, ENDS_H, OnnxEngine, load_engine
+from ulimi.engine import OnnxEngine, load_engine
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_dir, write_json
 from ulimi.run import CARD, ONNX, SOURCE_CARD, Run
@@ -116,12 +118,8 @@ def describe(name: str, tokenizer: Tokenizer, engine: OnnxEngine) -> dict[str, A
     each begins with, the others being 0.
     """
     state = [
-        {
-            "name": name,
-            "size": size,
-            "ends": list(ENDS_H if name.startswith("h") else ENDS_C) if engine.has_ends else [],
-        }
-        for name, size in engine.state_sizes.items()
+        {"name": name, "size": values.size, "ends": np.trim_zeros(values.ravel(), "f").tolist()}
+        for name, values in zip(engine.state_names, engine.initial_state(1), strict=True)
     ]
     tokens = [tokenizer.token_bytes(id).decode("latin-1") for id in range(tokenizer.vocab_size)]
     return {

@@ -52,12 +52,18 @@ function logProbs(logits) {
   return found.map((shifted) => shifted - log);
 }
 
+const massOf = (ids, logs) => ids.reduce((sum, id) => sum + Math.exp(logs[id]), 0);
+
 /** The `num` most probable of some ids, best first; of equal ones the lower id; none that is impossible. */
 function best(ids, logs, num) {
   // Numbers alone are sorted faster than ids by a function: they tell which ids are worth it.
   const least = ids.length > num ? Float64Array.from(ids, (id) => logs[id]).sort()[ids.length - num] : -Infinity;
-  const possible = ids.filter((id) => logs[id] >= least && logs[id] > -Infinity);
-  return possible.sort((a, b) => logs[b] - logs[a] || a - b).slice(0, num);
+  return bestFrom(least, ids, logs, num).filter((id) => logs[id] > -Infinity);
+}
+
+/** The same where the value of the last of them is known. */
+function bestFrom(least, ids, values, num) {
+  return ids.filter((id) => values[id] >= least).sort((a, b) => values[b] - values[a] || a - b).slice(0, num);
 }
 
 /** What some bytes do to a word that they are added to, see ulimi.suggest. */
@@ -386,8 +392,7 @@ export class Model {
   // Words that go on, see ulimi.suggest
 
   #goOn(search, { logprob, spelt }, known, max_steps) {
-    const mass = (ids) => ids.reduce((sum, id) => sum + Math.exp(known.logs[id]), 0);
-    search.settle(spelt, Math.exp(logprob) * mass(this.#ends));
+    search.settle(spelt, Math.exp(logprob) * massOf(this.#ends, known.logs));
     for (const id of best(this.#endsWithin, known.logs, MAX_WORDS)) {
       search.settle(spelt + this.#tokens[id].slice(0, this.#scans[id].num), Math.exp(logprob + known.logs[id]));
     }
@@ -398,7 +403,7 @@ export class Model {
   }
 
   #goOnInsideCharacter(search, { logprob, spelt, pending }, known) {
-    search.settle(spelt, Math.exp(logprob) * this.#outside.reduce((sum, id) => sum + Math.exp(known.logs[id]), 0));
+    search.settle(spelt, Math.exp(logprob) * massOf(this.#outside, known.logs));
     for (const id of best(this.#inside, known.logs, MAX_WORDS)) {
       const bytes = pending + this.#tokens[id], { num, ends, pending: rest } = scan(bytes);
       if (ends) search.settle(spelt + bytes.slice(0, num), Math.exp(logprob + known.logs[id]));
@@ -456,9 +461,9 @@ class WordWriter {
 
   push(id, logprob) {
     if (this.stopped) return;
-    const isEos = id === this.#tokens.length - 1, open = this.#open;
+    const isEos = id === this.#tokens.length - 1;
     const text = this.#decoder.decode(arrayOf(this.#tokens[id]), { stream: true });
-    const wordEnds = open.num_tokens > 0 && (SPACE.test(text) || isEos);
+    const wordEnds = this.#open.num_tokens > 0 && (SPACE.test(text) || isEos);
     if ((wordEnds && this.#endsHere()) || (isEos && this.#ending.end !== "never")) this.stopped = true;
     else {
       if (wordEnds) this.#close();
@@ -520,7 +525,7 @@ function draw(logs, temperature, topP, chance) {
   const sorted = weights.slice().sort().reverse(), total = sorted.reduce((a, b) => a + b);
   let kept = 0, mass = 0;
   while (kept < sorted.length && (kept === 0 || mass < topP * total)) mass += sorted[kept++];
-  const ids = best([...weights.keys()], weights, kept);
+  const ids = bestFrom(sorted[kept - 1], [...weights.keys()], weights, kept);
   let left = chance() * mass, i = 0;
   while (i < kept - 1 && (left -= weights[ids[i]]) >= 0) i++;
   return ids[i];
