@@ -62,11 +62,21 @@ def commands_that_look_inside(run_dir: Path, corpus_dir: Path, out: Path) -> lis
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory):
-    """Keep encoded texts out of the user's own cache, in subprocesses too."""
+    """Keep encoded texts, and what transformers copies, out of the user's own caches, in subprocesses too."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ULIMI_CACHE", str(folder))
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("huggingface")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
         yield folder
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """Hugging Face's library, without torchvision: of another build than torch, it cannot be imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchvision", None)
+        yield pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="session")

@@ -188,8 +188,7 @@ def test_a_run_scores_each_sentence_as_a_line(tiny_run, kind):
 
 
 @pytest.fixture(scope="module")
-def hf_dir(tmp_path_factory, tiny_run):
-    transformers = pytest.importorskip("transformers")
+def hf_dir(tmp_path_factory, tiny_run, transformers):
     folder = tmp_path_factory.mktemp("hf") / "gpt2"
     torch.manual_seed(1)
     config = transformers.GPT2Config(
@@ -200,9 +199,7 @@ def hf_dir(tmp_path_factory, tiny_run):
     return folder
 
 
-def test_a_hugging_face_model_scores_a_sentence_after_its_bos(hf_dir, tiny_run):
-    import transformers
-
+def test_a_hugging_face_model_scores_a_sentence_after_its_bos(hf_dir, tiny_run, transformers):
     model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).double().eval()
     sentences = [pair.good for pair in pairs("subject-present", 40)] + ["A"]
     scores = hf_scorer(hf_dir)(sentences)

@@ -41,6 +41,7 @@ LAYERS = [
     {"mogrifier_graph"},
     {"optim", "adapt", "export", "distill"},
     {"train", "release"},
+    {"hub_folder"},
     {"cli"},
     {"__main__"},
 ]
@@ -63,6 +64,7 @@ TRAINING_FLOOR = {
     "plot",
     "export",
     "release",
+    "hub_folder",
 }
 LIGHT_FLOOR = set().union(*LAYERS) - TRAINING_FLOOR
 HEAVY = {"torch", "safetensors", "tomli_w", "matplotlib", "tensorboard", "onnx"}

@@ -1047,6 +1047,30 @@ def web(
 
 
 @app.command()
+def hub(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to make.")],
+    model: ModelOption = DEFAULT_MODEL,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="For the card's head, as the hub calls it: cc-by-sa-4.0."),
+    ] = None,
+    languages: Annotated[
+        list[str] | None, typer.Option("--language", metavar="CODE", help="Likewise: zu; may be repeated.")
+    ] = None,
+) -> None:
+    """Make a folder that Hugging Face's transformers loads without ulimi, to be put on its hub, say."""
+    _need_extra("train")
+    from ulimi.hub_folder import write_hub_folder
+    from ulimi.run import open_run
+
+    num_bytes = write_hub_folder(open_run(model), out, licence=licence, languages=tuple(languages or ()))
+    typer.echo(
+        f"{out}: {num_bytes / 1e6:.1f} MB; try: AutoModelForCausalLM.from_pretrained({str(out)!r}, "
+        f"trust_remote_code=True), or: hf upload USER/NAME {shlex.quote(str(out))}"
+    )
+
+
+@app.command()
 def info(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run folder, or a shipped model's name.")

@@ -7,6 +7,7 @@ so that the run behind a release can be told. Names of local folders stay behind
 import hashlib
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,20 @@ def release(run: Run, out: Path, card_path: Path, *, max_bytes: int = MAX_BYTES)
             shutil.copyfile(run.dir / SOURCE_CARD, unfinished / SOURCE_CARD)
         write_json(unfinished / "meta.json", _meta(run))
         (unfinished / CARD).write_text(card, encoding="utf-8", newline="\n")
-        for name in READ_BY_PEOPLE:
-            if found := PLACE.search((unfinished / name).read_text(encoding="utf-8")):
-                raise UlimiError(f"{name} names a place on this machine, {found.group()!r}; it must not be given away")
+        refuse_places(unfinished, READ_BY_PEOPLE)
         num_bytes = sum(path.stat().st_size for path in unfinished.iterdir())
         if num_bytes > max_bytes:
             raise UlimiError(
                 f"{run.dir}: a release would have {num_bytes / 1e6:.1f} MB; allowed: {max_bytes / 1e6:.1f}"
             )
     return num_bytes
+
+
+def refuse_places(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder that is to be given away if one of these files names an absolute path."""
+    for name in names:
+        if found := PLACE.search((folder / name).read_text(encoding="utf-8")):
+            raise UlimiError(f"{name} names a place on this machine, {found.group()!r}; it must not be given away")
 
 
 def _check_graph(run: Run) -> None:
@@ -102,17 +108,17 @@ def _read_card(path: Path) -> str:
 
 def _meta(run: Run) -> dict[str, Any]:
     """Give meta.json without places, with the hashes of the weights and of the graph."""
-    meta: dict[str, Any] = _without_places(run.meta)
+    meta: dict[str, Any] = without_places(run.meta)
     if "system" in meta.get("machine", {}):
         meta["machine"]["system"] = meta["machine"]["system"].split("-")[0]
     graph_sha256 = hashlib.sha256((run.dir / ONNX).read_bytes()).hexdigest()
     return {**meta, "weights_sha256": run.weights_sha256, "graph_sha256": graph_sha256}
 
 
-def _without_places(value: Any) -> Any:
+def without_places(value: Any) -> Any:
     """Leave the last name of each absolute path."""
     if isinstance(value, dict):
-        return {key: _without_places(entry) for key, entry in value.items()}
+        return {key: without_places(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_without_places(entry) for entry in value]
+        return [without_places(entry) for entry in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

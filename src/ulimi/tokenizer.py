@@ -88,6 +88,8 @@ class Tokenizer:
         self.backend = backend
         # Not part of the JSON, hence set here: an "<eos>" that a user writes is text, not the token.
         self.backend.encode_special_tokens = True
+        # What transformers is to put before a text; here it would make equal tokenizers unequal.
+        self.backend.post_processor = None
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_id = self.vocab_size - 1
         if backend.token_to_id(EOS) != self.eos_id:
