@@ -38,7 +38,7 @@ def test_the_readmes_commands_and_options_exist(line, monkeypatch, capsys):
 def test_there_are_commands_to_look_at():
     assert {line.split()[0] for line in COMMANDS} == {
         "train", "evaluate", "score", "generate", "suggest", "export", "info", "recipe", "ngram", "mix", "corpus",
-        "study", "judge", "release", "serve", "web",
+        "study", "judge", "release", "serve", "web", "hub",
     }  # fmt: skip
 
 
