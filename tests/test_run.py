@@ -24,7 +24,7 @@ from ulimi.train import Progress
 
 LAYERS = [
     {"errors"},
-    {"files", "grammar"},
+    {"files", "grammar", "fetch"},
     {"tokenizer", "corpus"},
     {"run", "clean"},
     {"data", "distribution", "ngram"},

@@ -49,7 +49,7 @@ corpus_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Prep
 app.add_typer(corpus_app, name="corpus")
 
 ModelOption = Annotated[
-    Path, typer.Option("--model", "-m", metavar="RUN", help="A run folder, or a shipped model's name.")
+    Path, typer.Option("--model", "-m", metavar="RUN", help="A run folder, a shipped model's name, or hf:USER/NAME.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 EngineOption = Annotated[str, typer.Option(help="auto, onnx (int8) or torch; an n-gram model has none.")]
@@ -997,6 +997,8 @@ def export(
     from ulimi.run import open_run
 
     opened = open_run(run)
+    if opened.dir != run and not opened.is_shipped:
+        raise UlimiError(f"ulimi export: {run} is a model of the hub; allowed: a run folder, which it writes into")
     opened.need_weights("ulimi export")
     _need_extra("train")
     from ulimi.data import encode_file
@@ -1073,7 +1075,7 @@ def hub(
 @app.command()
 def info(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, or a shipped model's name.")
+        Path, typer.Argument(metavar="RUN", help="A run folder, a shipped model's name, or hf:USER/NAME.")
     ] = DEFAULT_MODEL,
     as_json: JsonOption = False,
 ) -> None:

@@ -54,7 +54,7 @@ write = pipeline("text-generation", "USER/{name}", trust_remote_code=True)
 print(write("…")[0]["generated_text"])
 ```
 
-USER/{name} is this folder's name on the hub, or its path. The two Python files in it are all the code that is needed.
+USER/{name} is this folder's name on the hub, or its path (`ulimi generate "…" -m hf:USER/{name}` with ulimi). The two Python files in it are all the code that is needed.
 A text is read from `<eos>` on, which the tokenizer puts before it. Give a line at a time: to this model a line's end is
 `<eos>`, too.
 """

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ulimi.errors import UlimiError, nearest
+from ulimi.fetch import HUB, fetch_run
 from ulimi.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -98,7 +99,12 @@ class Run:
     @property
     def name(self) -> str:
         """What a message calls it."""
-        return f"the shipped model {self.dir.name}" if self.dir.parent == MODELS else str(self.dir)
+        return f"the shipped model {self.dir.name}" if self.is_shipped else str(self.dir)
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether it came with the package."""
+        return self.dir.parent == MODELS
 
     @property
     def config(self) -> dict[str, Any]:
@@ -227,16 +233,21 @@ def shipped_models() -> list[str]:
 
 
 def open_run(path: Path | str) -> Run:
-    """Open a run folder, or a model that ships with the package.
+    """Open a run folder, a model that ships with the package, or one of Hugging Face's hub.
 
     Args:
-        path: a run folder, or the name of a shipped model. Where both are there, a run folder in the current directory
-            wins; any other folder of that name, one of texts for instance, does not.
+        path: a run folder, the name of a shipped model, or hf:USER/NAME, see `ulimi.fetch`. Where a folder and a
+            shipped model of one name are there, a run folder in the current directory wins; any other folder, one of
+            texts for instance, does not.
 
     Raises:
-        UlimiError: no such folder, not a run folder, or one of a newer format.
+        UlimiError: no such folder, not a run folder, or one of a newer format; it cannot be fetched.
     """
     shipped, path = shipped_models(), Path(path)
+    if (name := path.as_posix()).startswith(HUB) and not path.is_dir():
+        path = fetch_run(name)
+        if not (path / "meta.json").is_file():
+            raise UlimiError(f"{name} holds no meta.json; allowed: what `ulimi hub` makes, or another run folder")
     if str(path) in shipped and not (path / "meta.json").is_file():
         path = MODELS / path
     if not path.is_dir():

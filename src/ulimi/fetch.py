@@ -1,0 +1,61 @@
+"""A run from Hugging Face's hub: fetched once into the hub's own cache, and from there where there is no network.
+
+huggingface_hub does it, which comes with tokenizers: `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are what
+they are to it. Nothing that is fetched is run: of a folder of `ulimi hub` the Python files stay behind.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import ulimi
+from ulimi.errors import UlimiError
+
+HUB = "hf:"
+"""what the name of a model on the hub begins with: hf:USER/NAME, or hf:USER/NAME@REVISION"""
+
+LEFT_BEHIND = ("*.py", "last/*", "corpus/*", "tensorboard/*")
+"""of a run folder that was put on the hub as it is: what using a model does not need"""
+
+_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^@\s]+))?", re.ASCII)
+
+
+def fetch_run(name: str) -> Path:
+    """Give the folder of a model on the hub; the first time, or where it has changed there, it is fetched.
+
+    Args:
+        name: begins with `HUB`.
+
+    Raises:
+        UlimiError: the name is none, there is no such model or revision, it is not open to this user, or it can neither
+            be fetched nor is it in the cache.
+    """
+    match = _NAME.fullmatch(name.removeprefix(HUB))
+    if match is None:
+        raise UlimiError(f"{name}: allowed: {HUB}USER/NAME or {HUB}USER/NAME@REVISION")
+    repo, revision = match.groups()
+
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        folder: str = snapshot_download(
+            repo, revision=revision, ignore_patterns=list(LEFT_BEHIND), library_name="ulimi",
+            library_version=ulimi.__version__,
+        )  # fmt: skip
+    except errors.GatedRepoError:
+        reason = "is open to those alone whom its owner lets in; `hf auth login` says who you are"
+    except errors.RepositoryNotFoundError:
+        reason = "no such model on the hub, or not for you; `hf auth login` says who you are"
+    except errors.RevisionNotFoundError:
+        reason = f"no revision {revision!r}"
+    except errors.HFValidationError as error:
+        reason = str(error).splitlines()[0]
+    # What no network raises depends on where it ends.
+    except Exception as error:
+        reason = f"cannot be fetched, and is not in the cache: {str(error).splitlines()[0] if str(error) else error!r}"
+    else:
+        return Path(folder)
+    raise UlimiError(f"{name}: {reason}")
