@@ -54,9 +54,9 @@ write = pipeline("text-generation", "USER/{name}", trust_remote_code=True)
 print(write("…")[0]["generated_text"])
 ```
 
-USER/{name} is this folder's name on the hub, or its path (`ulimi generate "…" -m hf:USER/{name}` with ulimi). The two Python files in it are all the code that is needed.
-A text is read from `<eos>` on, which the tokenizer puts before it. Give a line at a time: to this model a line's end is
-`<eos>`, too.
+USER/{name} is this folder's name on the hub, or its path; ulimi takes it as `ulimi generate "…" -m hf:USER/{name}`.
+The two Python files in it are all the code that is needed. A text is read from `<eos>` on, which the tokenizer puts
+before it. Give a line at a time: to this model a line's end is `<eos>`, too.
 """
 READ_BACK = """
 `model.safetensors` holds what `model.onnx` tells of the weights: its numbers, of 8 bits, times their scales.
