@@ -30,7 +30,7 @@ LAYERS = [
     {"data", "distribution", "ngram"},
     {"engine", "provenance"},
     {"sampling", "words", "score", "marginal", "info", "progress"},
-    {"generate", "spelling", "baseline", "mixture", "judge"},
+    {"surprisal", "generate", "spelling", "baseline", "mixture", "judge"},
     {"beam", "suggest"},
     {"writer", "keystrokes"},
     {"study", "serve", "web_folder"},

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ulimi.judge import Judgement
     from ulimi.run import Run
     from ulimi.score import Score
+    from ulimi.tokenizer import Tokenizer
     from ulimi.words import Word
     from ulimi.writer import Writer
 
@@ -547,20 +548,25 @@ def _adaptive_scorer(run: "Run", device: str, stats_from: Path | None, cache: An
 def score(
     model: ModelOption = DEFAULT_MODEL,
     file: Annotated[str, typer.Argument(help="A text file; - is standard input.")] = "-",
+    words: Annotated[bool, typer.Option("--words", help="A row a word: its surprisal, in bits.")] = False,
     marginal: MarginalOption = False,
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Score each line by itself: a row a line, for filtering corpora and ranking candidates."""
+    """Score each line by itself: a row a line, for filtering corpora and ranking candidates; or a row a word."""
     from ulimi.corpus import read_lines
     from ulimi.engine import load_engine
     from ulimi.marginal import Marginal
     from ulimi.run import open_run
     from ulimi.score import score_lines
 
+    if words and marginal:
+        raise UlimiError("--words and --marginal are two ways to score; choose one")
     run = open_run(model)
     scorer = load_engine(run, device, kind=engine, exact=True)
+    if words:
+        return _print_words(scorer, run.tokenizer, file, as_json)
     score_rows = Marginal(scorer, run.tokenizer).score_rows if marginal else None
     _note_smoothed(run)
     told = {"marginal": True} if marginal else {}
@@ -579,6 +585,29 @@ def score(
         else:
             s = line_score
             typer.echo(f"{heading}{s.nats:.4f}\t{s.num_tokens}\t{s.num_chars}\t{s.bits_per_char:.4f}\t{line}")
+            heading = ""
+    typer.echo(heading, nl=False)
+    _warn_unknown("standard input" if file == "-" else file, num_unknown)
+
+
+def _print_words(engine: "Engine", tokenizer: "Tokenizer", file: str, as_json: bool) -> None:
+    """Print the surprisals of each line's words, or a line's as one object of JSON."""
+    from ulimi.corpus import read_lines
+    from ulimi.surprisal import score_words
+
+    heading = "" if as_json else "line\tbits\ttokens\tword\n"
+    num_unknown = 0
+    for number, (line, scored) in enumerate(score_words(engine, tokenizer, read_lines(file)), start=1):
+        if tokenizer.unk_id is not None:
+            num_unknown += tokenizer.encode(line).count(tokenizer.unk_id)
+        rows = [(word.text, word.nats / math.log(2), word.num_tokens) for word in scored.words]
+        end_bits = scored.end_nats / math.log(2)
+        if as_json:
+            told = [{"text": text, "bits": bits, "num_tokens": n} for text, bits, n in rows]
+            typer.echo(json.dumps({"text": line, "words": told, "end_bits": end_bits}, ensure_ascii=False))
+        else:
+            shown = [(text.strip(), bits, n) for text, bits, n in rows] + [("<eos>", end_bits, 1)]
+            typer.echo(heading + "\n".join(f"{number}\t{bits:.4f}\t{n}\t{text}" for text, bits, n in shown))
             heading = ""
     typer.echo(heading, nl=False)
     _warn_unknown("standard input" if file == "-" else file, num_unknown)

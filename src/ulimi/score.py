@@ -141,7 +141,7 @@ def score_distribution(
     state = engine.initial_state(1)
     nats = sparsemax = js = support = 0.0
     num_impossible = 0
-    for inputs_1T, targets_1T, done in _windows(ids, eos_id):
+    for inputs_1T, targets_1T, done in windows(ids, eos_id):
         logits_1TV, state = engine.logits(inputs_1T, state)
         targets_T = targets_1T[0]
         probs_TV = np.exp(log_probs(logits_1TV[0], engine.alpha))
@@ -182,13 +182,13 @@ def _windows_nll(
 ) -> Iterator[NDArray[np.float32]]:
     """Give what `stream_nll` does window by window, (T,)."""
     state = engine.initial_state(1)
-    for inputs_1T, targets_1T, done in _windows(ids, eos_id):
+    for inputs_1T, targets_1T, done in windows(ids, eos_id):
         nll_1T, state = engine.nll(inputs_1T, targets_1T, state)
         yield nll_1T[0]
         on_tokens(done)
 
 
-def _windows(ids: Ids, eos_id: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
+def windows(ids: Ids, eos_id: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
     """Cut a stream, (N,), into windows: inputs (1, T), targets (1, T), and how many tokens are done after it."""
     before = eos_id
     for start in range(0, len(ids), EVALUATION_WINDOW):

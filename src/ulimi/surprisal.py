@@ -1,0 +1,91 @@
+"""What each word of a text costs, given the words before it in its line: its surprisal.
+
+A word is what stands between white space, the white space in front of it included. Of a tokenizer whose tokens begin
+with that space, the tokens' own probabilities do not say that a word ends; the token after it does, which is the next
+word's. So the probability of a word is that of its tokens and that the next one begins a word, given that its own first
+one began one (Pimentel & Meister 2024, "How to compute the probability of a word", arXiv 2406.14561):
+
+    p(word | before) = p(tokens | before) p(next begins a word | tokens, before) / p(next begins a word | before)
+
+Over a line, its end included, that adds up to the line's usual score, to the last nat.
+
+Light floor: the network is whatever `Engine` is given.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ulimi.distribution import log_probs
+from ulimi.engine import Engine
+from ulimi.errors import UlimiError
+from ulimi.score import windows
+from ulimi.tokenizer import Tokenizer
+
+
+class WordScore(NamedTuple):
+    """What a word costs."""
+
+    text: str
+    """with the white space in front of it, as it stands in the line (in NFC)"""
+    nats: float
+    num_tokens: int
+
+
+class LineScore(NamedTuple):
+    """What the words of a line cost, and that it ends after them."""
+
+    words: list[WordScore]
+    end_nats: float
+    """of the line's end, with the white space that may stand before it"""
+
+
+def score_words(engine: Engine, tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[tuple[str, LineScore]]:
+    """Score each word of each line, which is read by itself, from a zero state and an <eos>.
+
+    Args:
+        engine: the network.
+        tokenizer: its tokenizer.
+        lines: without their line ends.
+
+    Raises:
+        UlimiError: the model is sparse: it gives some words no probability, which no number of nats says.
+    """
+    if engine.alpha != 1:
+        raise UlimiError("--words: a sparse model (entmax) rules words out; allowed: models of cross entropy")
+    parts = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
+    # Kind "word" has a token a word, each of which begins one.
+    begins_V = np.array([not tokenizer.is_lossless or part.decode("utf-8", "replace")[:1].isspace() for part in parts])
+    for line in lines:
+        ids = tokenizer.encode_lines([line])[0]
+        state = engine.initial_state(1)
+        nats: list[float] = []
+        log_begins: list[float] = []
+        for inputs_1T, targets_1T, _ in windows(np.array(ids), tokenizer.eos_id):
+            logits_1TV, state = engine.logits(inputs_1T, state)
+            logp_TV = log_probs(logits_1TV[0], 1.0)
+            nats += (-logp_TV[np.arange(len(logp_TV)), targets_1T[0]]).tolist()
+            log_begins += np.log(np.maximum(np.exp(logp_TV[:, begins_V]).sum(axis=1), 1e-300)).tolist()
+        # At a line's start there is nothing that could go on instead.
+        log_begins[0] = 0.0
+        words: list[tuple[bytes, float, int]] = []
+        for place, id in enumerate(ids):
+            text, cost, num_tokens = words[-1] if words else (b"", 0.0, 0)
+            if place and not begins_V[id]:
+                words[-1] = text + parts[id], cost + nats[place], num_tokens + 1
+                continue
+            if words:
+                words[-1] = text, cost - log_begins[place], num_tokens
+            new = parts[id], nats[place] + log_begins[place], 1
+            # White space alone stands in front of the word after it.
+            if words and not text.strip() and tokenizer.is_lossless:
+                text, cost, num_tokens = words.pop()
+                new = text + new[0], cost + new[1], num_tokens + 1
+            words.append(new)
+        *own, (_, end_nats, _) = words
+        texts = [text.decode("utf-8", "replace") for text, _, _ in own]
+        if not tokenizer.is_lossless:
+            texts = tokenizer.normalize(line).split()  # as they were written, known or not
+        scored = [WordScore(text, cost, n) for text, (_, cost, n) in zip(texts, own, strict=True)]
+        yield line, LineScore(scored, end_nats)
