@@ -148,6 +148,10 @@ def test_scores_are_those_of_the_command(server, works, tiny_run, corpus_dir):
     rows = works("score", corpus_dir / "test.txt", "-m", tiny_run.dir, "--engine", "onnx", "--json").json
     assert ask(server, "/score", {"lines": lines}) == {"lines": rows}
     assert ask(server, "/score", {"lines": []}) == {"lines": []}
+    command = ("score", "--words", corpus_dir / "test.txt", "-m", tiny_run.dir, "--engine", "onnx", "--json")
+    with_words = [row | words for row, words in zip(rows, works(*command).json, strict=True)]
+    assert ask(server, "/score", {"lines": lines, "words": True}) == {"lines": with_words}
+    assert ask(server, "/score", {"lines": lines[:2], "words": False}) == {"lines": rows[:2]}
 
 
 def test_it_says_what_model_it_is(server, tiny_run):
@@ -156,6 +160,7 @@ def test_it_says_what_model_it_is(server, tiny_run):
     assert headers["Content-Type"] == "application/json"
     assert json.loads(text)["model"] == "tiny"
     assert json.loads(text)["vocab_size"] == tiny_run.tokenizer.vocab_size
+    assert json.loads(text)["sparse"] is False
 
 
 def test_many_at_once_get_what_each_gets_alone(server):

@@ -30,6 +30,7 @@ from ulimi.run import AWD_LSTM, MODELS, ONNX, SOURCE_CARD, Run, open_run
 from ulimi.sampling import Sampling
 from ulimi.score import score_lines
 from ulimi.suggest import Suggester
+from ulimi.surprisal import score_words
 from ulimi.train import train
 from ulimi.web_folder import LIBRARIES, PAGE, write_web_folder
 from ulimi.words import Ending
@@ -146,9 +147,16 @@ def check_equal(folder: Path, run: Run) -> None:
         assert found["covered"] == pytest.approx(expected.covered, abs=2e-3), text
         num_words += len(mine)
     assert num_words > 2 * len(TEXTS)
-    for _, score in score_lines(engine, tokenizer, lines):
-        found, expected = next(answers), score.as_dict()
+    for (_, score), (_, words) in zip(
+        score_lines(engine, tokenizer, lines), score_words(engine, tokenizer, lines), strict=True
+    ):
+        found, expected, by_word = next(answers), score.as_dict(), words.as_dict()
         assert found.pop("text") in lines
+        assert [(w["text"], w["num_tokens"]) for w in found["words"]] == [
+            (w["text"], w["num_tokens"]) for w in by_word["words"]
+        ]
+        bits = [*(w["bits"] for w in found.pop("words")), found.pop("end_bits")]
+        assert bits == pytest.approx([*(w["bits"] for w in by_word["words"]), by_word["end_bits"]], rel=1e-3, abs=1e-2)
         assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-3)
     for _, ending in modes:
         writer = Writer(engine, tokenizer, Writing(sampling=Sampling(temperature=0), ending=ending))
@@ -262,6 +270,10 @@ PROBE = """
   $("score").click();
   await until(() => !$("scores").hidden);
   told.bits = $("scores").querySelector("tbody .number").textContent;
+  told.line = $("scores").querySelector("tbody td").textContent;
+  told.words = [...$("scores").querySelectorAll("tbody span")].map(({ textContent }) => textContent);
+  $("scores").querySelector("tbody span").click();
+  told.figure = $("figure").textContent;
   $("temperature").value = -1;
   $("write").click();
   await until(() => $("error").textContent);
@@ -354,6 +366,9 @@ def test_the_page_in_a_browser(libraries, tmp_path):
     engine = load_engine(run, kind="onnx")
     [(_, score)] = score_lines(engine, run.tokenizer, ["Ngiyabonga kakhulu "])
     assert told["bits"] == f"{score.bits_per_char:.3f}"
+    assert told["line"] == "".join(told["words"]) == told["taken"].rstrip()
+    assert [word.strip() for word in told["words"]] == told["taken"].split()
+    assert re.fullmatch(r"Ngiyabonga: 0\.\d+\.", told["figure"])
     assert told["error"] == "temperature is -1; allowed: 0 (the most probable token) or more"
 
 

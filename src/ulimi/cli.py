@@ -594,20 +594,20 @@ def _print_words(engine: "Engine", tokenizer: "Tokenizer", file: str, as_json: b
     """Print the surprisals of each line's words, or a line's as one object of JSON."""
     from ulimi.corpus import read_lines
     from ulimi.surprisal import score_words
+    from ulimi.tokenizer import EOS
 
     heading = "" if as_json else "line\tbits\ttokens\tword\n"
     num_unknown = 0
     for number, (line, scored) in enumerate(score_words(engine, tokenizer, read_lines(file)), start=1):
         if tokenizer.unk_id is not None:
             num_unknown += tokenizer.encode(line).count(tokenizer.unk_id)
-        rows = [(word.text, word.nats / math.log(2), word.num_tokens) for word in scored.words]
-        end_bits = scored.end_nats / math.log(2)
+        told = scored.as_dict()
         if as_json:
-            told = [{"text": text, "bits": bits, "num_tokens": n} for text, bits, n in rows]
-            typer.echo(json.dumps({"text": line, "words": told, "end_bits": end_bits}, ensure_ascii=False))
+            typer.echo(json.dumps({"text": line, **told}, ensure_ascii=False))
         else:
-            shown = [(text.strip(), bits, n) for text, bits, n in rows] + [("<eos>", end_bits, 1)]
-            typer.echo(heading + "\n".join(f"{number}\t{bits:.4f}\t{n}\t{text}" for text, bits, n in shown))
+            rows = [(word.bits, word.num_tokens, word.text.strip()) for word in scored.words]
+            rows.append((told["end_bits"], 1, EOS))
+            typer.echo(heading + "\n".join(f"{number}\t{bits:.4f}\t{n}\t{text}" for bits, n, text in rows))
             heading = ""
     typer.echo(heading, nl=False)
     _warn_unknown("standard input" if file == "-" else file, num_unknown)

@@ -4,7 +4,7 @@
     GET  /model     what model this is
     POST /generate  {"prompt": …, "num": 1, "seed": …, "temperature": …, …}  -> {"texts": […]}
     POST /suggest   {"text": …, "num": 5}                                     -> {"suggestions": […], "covered": …}
-    POST /score     {"lines": […]}                                            -> {"lines": […]}
+    POST /score     {"lines": […], "words": true, …}                          -> {"lines": […]}
 
 Fields and figures are those of the commands' options and of their `--json`. A mistake is {"error": one line} and a
 status from 400 on; only another Host than this machine gets its 400 from Starlette, in plain text. Nothing of what is
@@ -40,6 +40,7 @@ from ulimi.engine import Engine
 from ulimi.errors import UlimiError, nearest
 from ulimi.score import score_lines
 from ulimi.suggest import Suggester
+from ulimi.surprisal import score_words
 from ulimi.tokenizer import Tokenizer
 from ulimi.words import Ending
 from ulimi.writer import Writer, Writing, choose_sampling
@@ -79,7 +80,7 @@ GENERATE = {
     **RULES, "ban": list,
 }  # fmt: skip
 SUGGEST = {"text": str, "num": int}
-SCORE = {"lines": list}
+SCORE = {"lines": list, "words": bool}
 
 KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}
 
@@ -101,7 +102,10 @@ class Service:
 
     def model(self) -> dict[str, Any]:
         """Say what model this is."""
-        return {"model": self._name, "vocab_size": self._tokenizer.vocab_size, "ulimi": ulimi.__version__}
+        return {
+            "model": self._name, "vocab_size": self._tokenizer.vocab_size, "sparse": self._engine.alpha != 1,
+            "ulimi": ulimi.__version__,
+        }  # fmt: skip
 
     def generate(self, request: Any) -> dict[str, Any]:
         """Write on from a prompt; fields are those of `ulimi generate` that sample."""
@@ -132,12 +136,17 @@ class Service:
         return self._suggester.search(given["text"], num).as_dict(given["text"])
 
     def score(self, request: Any) -> dict[str, Any]:
-        """Score each line by itself, as `ulimi score` does."""
-        lines = _read(request, SCORE, needed="lines")["lines"]
+        """Score each line by itself, as `ulimi score` does, and with `words` each word, as `ulimi score --words`."""
+        given = _read(request, SCORE, needed="lines")
+        lines = given["lines"]
         if broken := [line for line in lines if "\n" in line]:
             raise UlimiError(f"lines must each be one line; got one with a line end in it: {broken[0][:40]!r}")
         scored = list(score_lines(self._engine, self._tokenizer, lines))
-        return {"lines": [{"text": line, **score.as_dict()} for line, score in scored]}
+        told = [{"text": line, **score.as_dict()} for line, score in scored]
+        if given.get("words"):
+            for row, (_, scores) in zip(told, score_words(self._engine, self._tokenizer, lines), strict=True):
+                row |= scores.as_dict()
+        return {"lines": told}
 
 
 def _read(request: Any, fields: Mapping[str, type], needed: str | None = None) -> dict[str, Any]:

@@ -12,8 +12,9 @@ Over a line, its end included, that adds up to the line's usual score, to the la
 Light floor: the network is whatever `Engine` is given.
 """
 
+import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,11 @@ class WordScore(NamedTuple):
     nats: float
     num_tokens: int
 
+    @property
+    def bits(self) -> float:
+        """Its surprisal."""
+        return self.nats / math.log(2)
+
 
 class LineScore(NamedTuple):
     """What the words of a line cost, and that it ends after them."""
@@ -39,6 +45,11 @@ class LineScore(NamedTuple):
     words: list[WordScore]
     end_nats: float
     """of the line's end, with the white space that may stand before it"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of `--json`, in bits."""
+        words = [{"text": word.text, "bits": word.bits, "num_tokens": word.num_tokens} for word in self.words]
+        return {"words": words, "end_bits": self.end_nats / math.log(2)}
 
 
 def score_words(engine: Engine, tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[tuple[str, LineScore]]:
@@ -56,7 +67,7 @@ def score_words(engine: Engine, tokenizer: Tokenizer, lines: Iterable[str]) -> I
         raise UlimiError("--words: a sparse model (entmax) rules words out; allowed: models of cross entropy")
     parts = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
     # Kind "word" has a token a word, each of which begins one.
-    begins_V = np.array([not tokenizer.is_lossless or part.decode("utf-8", "replace")[:1].isspace() for part in parts])
+    begins_V = np.array([not tokenizer.is_lossless or _text(part)[:1].isspace() for part in parts])
     for line in lines:
         ids = tokenizer.encode_lines([line])[0]
         state = engine.initial_state(1)
@@ -79,13 +90,18 @@ def score_words(engine: Engine, tokenizer: Tokenizer, lines: Iterable[str]) -> I
                 words[-1] = text, cost - log_begins[place], num_tokens
             new = parts[id], nats[place] + log_begins[place], 1
             # White space alone stands in front of the word after it.
-            if words and not text.strip() and tokenizer.is_lossless:
+            if words and not _text(text).strip() and tokenizer.is_lossless:
                 text, cost, num_tokens = words.pop()
                 new = text + new[0], cost + new[1], num_tokens + 1
             words.append(new)
         *own, (_, end_nats, _) = words
-        texts = [text.decode("utf-8", "replace") for text, _, _ in own]
+        texts = [_text(text) for text, _, _ in own]
         if not tokenizer.is_lossless:
-            texts = tokenizer.normalize(line).split()  # as they were written, known or not
+            # As they were written, known or not.
+            texts = [" " * (place > 0) + word for place, word in enumerate(tokenizer.normalize(line).split())]
         scored = [WordScore(text, cost, n) for text, (_, cost, n) in zip(texts, own, strict=True)]
         yield line, LineScore(scored, end_nats)
+
+
+def _text(part: bytes) -> str:
+    return part.decode("utf-8", "replace")

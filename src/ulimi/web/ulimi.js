@@ -124,7 +124,7 @@ export async function create({ config, tokenizer, graph }, { ort, Tokenizer }) {
 }
 
 export class Model {
-  #tokenizer; #session; #Tensor; #tokens; #eos; #sorted; #scans; #ends; #goesOn; #endsWithin; #inside; #outside;
+  #tokenizer; #session; #Tensor; #tokens; #eos; #sorted; #scans; #ends; #goesOn; #endsWithin; #begin; #inside; #outside;
   #known = new Map();  // what was read, by its ids: log-probabilities of the next token, state; the oldest first
   #turn = Promise.resolve();
   #rested = performance.now();
@@ -143,6 +143,7 @@ export class Model {
     this.#ends = ids.filter((id) => scans[id].ends && !scans[id].num);
     this.#goesOn = ids.filter((id) => !scans[id].ends);
     this.#endsWithin = ids.filter((id) => scans[id].ends && scans[id].num);
+    this.#begin = ids.filter((id) => SPACE.test(toText(tokens[id])));
     this.#inside = ids.filter((id) => id !== eos && beginsInside(tokens[id]));
     this.#outside = ids.filter((id) => id === eos || !beginsInside(tokens[id]));
   }
@@ -222,13 +223,42 @@ export class Model {
     return { prompt, text: prompt + written, words: [...before, ...words].map(told) };
   }
 
-  /** How probable a line is by itself, its end included, as `ulimi score`. */
+  /** How probable a line is by itself, its end included, as `ulimi score`, and each word of it, as with `--words`. */
   async score(line) {
     checkText(line);
     check("line", line, !line.includes("\n"), "one line, without a line end in it");
     const ids = [this.#eos, ...this.encode(line), this.#eos], num_chars = [...line].length + 1;
-    const nats = -(await this.#logProbsOf(ids)).reduce((sum, logprob) => sum + logprob, 0);
-    return { text: line, nats, num_tokens: ids.length - 1, num_chars, bits_per_char: nats / Math.LN2 / num_chars };
+    const read = await this.#logProbsOf(ids, (logs, id) => [logs[id], Math.log(massOf(this.#begin, logs) || 1e-300)]);
+    const nats = -read.reduce((sum, [logprob]) => sum + logprob, 0);
+    const bits_per_char = nats / Math.LN2 / num_chars, words = this.#surprisals(ids.slice(1), read);
+    return { text: line, nats, num_tokens: ids.length - 1, num_chars, bits_per_char, ...words };
+  }
+
+  /** What each word of a line costs, see ulimi.surprisal; `read`: log p(token), log p(one that begins a word). */
+  #surprisals(ids, read) {
+    const words = [];
+    ids.forEach((id, place) => {
+      const [logprob, begins] = read[place], before = words.at(-1);
+      if (before && !SPACE.test(toText(this.#tokens[id]))) {
+        before.text += this.#tokens[id];
+        before.nats -= logprob;
+        before.num_tokens++;
+        return;
+      }
+      let word = { text: this.#tokens[id], nats: -logprob, num_tokens: 1 };
+      if (before) {
+        before.nats -= begins;
+        word.nats += begins;
+        // White space alone stands in front of the word after it.
+        if (!NO_SPACE.test(toText(before.text))) {
+          words.pop();
+          word = { text: before.text + word.text, nats: before.nats + word.nats, num_tokens: before.num_tokens + 1 };
+        }
+      }
+      words.push(word);
+    });
+    const told = words.map(({ text, nats, num_tokens }) => ({ text: toText(text), bits: nats / Math.LN2, num_tokens }));
+    return { end_bits: told.pop().bits, words: told };
   }
 
   // What was read
@@ -296,14 +326,14 @@ export class Model {
     return this.#remember(ids, logProbs(logits.slice(-this.#tokens.length)), state);
   }
 
-  /** The log-probabilities of ids[1:], each after all that stand before it. */
-  async #logProbsOf(ids) {
+  /** The log-probabilities of ids[1:], each after all that stand before it; or what `each` takes of all those there. */
+  async #logProbsOf(ids, each = (logs, id) => logs[id]) {
     const size = this.#tokens.length, found = [];
     let state = this.#initialState(), logits;
     for (let start = 0; start < ids.length - 1; start += WINDOW) {
       const window = ids.slice(start, Math.min(start + WINDOW, ids.length - 1));
       ({ logits, state } = await this.#run(window, state));
-      window.forEach((_, i) => found.push(logProbs(logits.slice(i * size, (i + 1) * size))[ids[start + i + 1]]));
+      window.forEach((_, i) => found.push(each(logProbs(logits.slice(i * size, (i + 1) * size)), ids[start + i + 1])));
     }
     return found;
   }

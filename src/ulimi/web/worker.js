@@ -6,7 +6,7 @@ const loading = load();
 const answers = {
   model: (model) => {
     const { name, about, tokens, ulimi } = model.config;
-    return { model: name, vocab_size: tokens.length, ulimi, about };
+    return { model: name, vocab_size: tokens.length, sparse: false, ulimi, about };
   },
   suggest: (model, { text, num }) => model.suggest(text, num),
   generate: async (model, { prompt, probabilities, ...asked }) => ({ texts: [await model.write(prompt, asked)] }),
