@@ -17,11 +17,11 @@ from test_release import change_meta
 from test_run import refusal
 from ulimi.cli import DEFAULT_MODEL
 from ulimi.corpus import open_corpus
-from ulimi.engine import load_engine, load_model
+from ulimi.engine import load_engine, load_model, read_tensors, write_tensors
 from ulimi.hub_folder import write_hub_folder
 from ulimi.recipe import load_recipe
 from ulimi.release import release
-from ulimi.run import AWD_LSTM, CARD, ONNX, SOURCE_CARD, WEIGHTS, Run, open_run
+from ulimi.run import AWD_LSTM, CARD, ONNX, READ_BACK, SOURCE_CARD, WEIGHTS, Run, open_run
 from ulimi.sampling import Sampling
 from ulimi.score import score_lines
 from ulimi.train import train
@@ -127,7 +127,14 @@ def test_its_tokens_are_those_of_the_run_after_eos(run, tokenizer):
         assert ids == [run.tokenizer.eos_id, *run.tokenizer.encode(text)]
         if run.tokenizer.is_lossless:
             assert tokenizer.decode(ids, skip_special_tokens=True) == run.tokenizer.decode(ids[1:])
-    assert tokenizer.pad_token_id == tokenizer.bos_token_id == tokenizer.eos_token_id == run.tokenizer.eos_id
+    eos_id = run.tokenizer.eos_id
+    assert tokenizer.pad_token_id == tokenizer.bos_token_id == tokenizer.eos_token_id == eos_id
+    pair = tokenizer("abantu", "umfundi")["input_ids"]
+    assert pair == [eos_id, *run.tokenizer.encode("abantu"), eos_id, *run.tokenizer.encode("umfundi")]
+    padded = tokenizer(["abantu bafunda namhlanje kakhulu", "umfundi"], padding=True)["attention_mask"]
+    assert padded[0] == [1] * len(padded[0])
+    assert padded[1] == sorted(padded[1])
+    assert padded[1][0] == 0
 
 
 @torch.no_grad()
@@ -158,6 +165,9 @@ def test_pads_are_not_read(model, rows):
         assert torch.allclose(next_logits[row], after, atol=1e-5)
     assert torch.equal(output.hidden_states[0][mask_BT.bool()], model.get_input_embeddings()(ids_BT)[mask_BT.bool()])
     assert len(output.hidden_states) == 1 + model.config.num_hidden_layers
+    assert torch.allclose(model.lm_head(output.hidden_states[-1]), output.logits, atol=1e-5)
+    nothing_yet = mask_BT.cumsum(1) == 0
+    assert not output.hidden_states[0][nothing_yet].any()
 
 
 def generate(model, tokenizer, texts, **how):
@@ -218,6 +228,52 @@ def test_a_text_goes_on_from_its_state(model, tokenizer):
 # What transformers expects of a model
 
 
+def test_assisted_decoding_is_refused(plain_model, transformers):
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        plain_model.generate(torch.tensor([[1, 2]]), assistant_model=plain_model, max_new_tokens=3)
+
+
+@torch.no_grad()
+def test_rows_of_a_state_are_taken_and_repeated(plain_model):
+    ids_BT = some_ids(plain_model, 3, 5)
+    for change, rows in (
+        (lambda state: state.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+        (lambda state: state.reorder_cache(torch.tensor([1, 1, 0])), [1, 1, 0]),
+        (lambda state: state.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ):
+        state = state_of(plain_model(input_ids=ids_BT))
+        change(state)
+        more_B1 = some_ids(plain_model, len(rows), 1, seed=1)
+        given = plain_model(input_ids=more_B1, **{state_name(plain_model): state}).logits
+        whole = plain_model(input_ids=torch.cat([ids_BT[rows], more_B1], dim=1)).logits[:, -1:]
+        assert torch.allclose(given, whole, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_it_is_given_must_fit(plain_model, transformers):
+    ids_BT = some_ids(plain_model, 2, 5)
+    with pytest.raises(ValueError, match="attention_mask has 4 places, fewer than the 5 tokens"):
+        plain_model(input_ids=ids_BT, attention_mask=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="there are no tokens to read"):
+        plain_model(input_ids=ids_BT[:, :0])
+    with pytest.raises(ValueError, match="the state is a DynamicCache; an AWD-LSTM goes on from an AWDLSTMState"):
+        plain_model(input_ids=ids_BT, **{state_name(plain_model): transformers.DynamicCache()})
+
+
+@torch.no_grad()
+def test_its_configuration_says_what_it_gives(plain, transformers):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, trust_remote_code=True, output_hidden_states=True, use_cache=False
+    )
+    output = model(input_ids=some_ids(model, 1, 3))
+    assert len(output.hidden_states) == 3
+    assert state_of(output) is None
+    assert model(input_ids=some_ids(model, 1, 3), output_hidden_states=False).hidden_states is None
+    model.config.return_dict = False
+    assert isinstance(model(input_ids=some_ids(model, 1, 3)), tuple)
+    assert {"cache", "past_key_values"} <= set(model.config.keys_to_ignore_at_inference)
+
+
 @torch.no_grad()
 def test_its_loss_is_the_mean_cross_entropy_of_what_is_counted(plain_model):
     ids_BT = some_ids(plain_model, 2, 9)
@@ -226,6 +282,9 @@ def test_its_loss_is_the_mean_cross_entropy_of_what_is_counted(plain_model):
     output = plain_model(input_ids=ids_BT, labels=labels_BT)
     expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100)
     assert float(output.loss) == pytest.approx(float(expected), rel=1e-5)
+    # As Trainer asks where gradients are added up over batches.
+    shared = plain_model(input_ids=ids_BT, labels=labels_BT, num_items_in_batch=100)
+    assert float(shared.loss) == pytest.approx(float(expected) * 13 / 100, rel=1e-5)
 
 
 @torch.no_grad()
@@ -237,6 +296,7 @@ def test_it_gives_only_what_is_asked_for(plain_model):
     some = plain_model(input_ids=ids_BT, logits_to_keep=torch.tensor([0, 3]))
     assert torch.equal(some.logits, full.logits[:, [0, 3]])
     assert torch.equal(plain_model(input_ids=ids_BT, return_dict=False)[0], full.logits)
+    assert torch.equal(plain_model.model(input_ids=ids_BT, return_dict=False)[0], full.hidden_states[-1])
     assert last.hidden_states is None
     assert torch.allclose(plain_model.lm_head(full.hidden_states[-1]), full.logits)
     embedded = plain_model(inputs_embeds=plain_model.get_input_embeddings()(ids_BT))
@@ -303,6 +363,7 @@ def test_a_pipeline_writes_as_ulimi_does_where_nothing_is_asked(plain, plain_mod
     settings = plain_model.generation_config
     ours = choose_sampling(load_engine(tiny_run))
     assert settings.do_sample
+    assert settings.max_new_tokens == Ending().max_tokens
     assert (settings.top_p, settings.temperature, settings.top_k) == (ours.top_p, ours.temperature, ours.top_k)
     write = transformers.pipeline("text-generation", str(plain), trust_remote_code=True)
     for written in write(["Abantu", "Izingane"], max_new_tokens=5, num_return_sequences=2):
@@ -357,9 +418,14 @@ def test_a_release_comes_with_the_weights_that_its_graph_tells(tiny_run, tmp_pat
     released = open_run(tmp_path / "released")
     write_hub_folder(released, tmp_path / "given")
     given = open_run(tmp_path / "given")
-    assert given.has_weights
+    # To ulimi it is what the release is: its graph, which nothing rounds once more.
+    assert not given.has_weights
+    assert given.weights_path == given.dir / ONNX
+    assert given.model_sha256 == released.model_sha256
+    assert {**given.meta, READ_BACK: None} == {**released.meta, READ_BACK: None}
+    assert (given.dir / ONNX).read_bytes() == (released.dir / ONNX).read_bytes()
+    assert "has no float weights" in refusal(lambda: given.need_weights("ulimi export"))
     assert (given.dir / WEIGHTS).stat().st_mode & 0o777 == 0o644
-    # Of these weights: no torch is needed to use it.
     lines = synthetic_lines(5, seed=3)
     theirs = [s.nats for _, s in score_lines(load_engine(given, kind="onnx"), given.tokenizer, lines)]
     assert theirs == [s.nats for _, s in score_lines(load_engine(released), released.tokenizer, lines)]
@@ -370,6 +436,9 @@ def test_a_release_comes_with_the_weights_that_its_graph_tells(tiny_run, tmp_pat
     assert "CC BY-SA 4.0" in text
     assert "`model.safetensors` holds what `model.onnx` tells" in text
     assert (given.dir / CARD).read_bytes() == card.read_bytes()
+    write_hub_folder(given, tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (given.dir / WEIGHTS).read_bytes()
+    assert (tmp_path / "again" / "meta.json").read_bytes() == (given.dir / "meta.json").read_bytes()
 
 
 def test_the_shipped_model_is_given_with_its_licence(transformers, tmp_path, works):
@@ -395,36 +464,77 @@ def test_the_shipped_model_is_given_with_its_licence(transformers, tmp_path, wor
 
 def test_what_is_in_it(plain, tiny_run):
     assert {path.name for path in plain.iterdir()} == {
-        "config.json", "generation_config.json", "configuration_awd_lstm.py", "modeling_awd_lstm.py", "README.md",
+        "config.json", "generation_config.json", "configuration_awd_lstm.py", "modeling_awd_lstm.py", "LICENSE-CODE",
+        "README.md",
         WEIGHTS, ONNX, "tokenizer.json", "tokenizer_config.json", "recipe.toml", "metrics.jsonl", "meta.json",
         "curve.png",
     }  # fmt: skip
-    assert (plain / WEIGHTS).read_bytes() == (tiny_run.dir / WEIGHTS).read_bytes()
+    for name in (WEIGHTS, ONNX):
+        assert (plain / name).read_bytes() == (tiny_run.dir / name).read_bytes()
+    assert open_run(plain).has_weights
+    config = json.loads((plain / "config.json").read_text())
+    assert config["architectures"] == ["AWDLSTMForCausalLM"]
+    assert config["dtype"] == "float32"
+    assert "Apache License" in (plain / "LICENSE-CODE").read_text()
     text = (plain / "README.md").read_text(encoding="utf-8")
     assert text.startswith("---\n")
     assert "\n# plain\n" in text
     assert "\n- ulimi\n" in text
-    assert "license" not in text.split("---\n")[1]
+    head = text.split("---\n")[1]
+    assert "license" not in head
+    assert "pipeline_tag: text-generation\n" in head
+    assert "library_name: transformers\n" in head
+    assert "8 bits" not in text
     assert 'pipeline("text-generation", "USER/plain", trust_remote_code=True)' in text
     assert str(tiny_run.dir) not in text
 
 
-def test_licence_and_languages_stand_at_the_cards_head(tiny_run, tmp_path, works):
-    (source := tmp_path / "run").mkdir()
-    shutil.copytree(tiny_run.dir, source, dirs_exist_ok=True)
-    (source / SOURCE_CARD).write_text("# Imodeli\n\nCC BY-SA 4.0\n", encoding="utf-8")
+def test_licence_and_languages_stand_at_the_cards_head(run_dir, tmp_path, works):
     out = tmp_path / "given"
-    works("hub", "-m", source, "--out", out, "--license", "cc-by-sa-4.0", "--language", "zu", "--language", "xh")
-    head, text = (out / "README.md").read_text(encoding="utf-8").split("---\n", 2)[1:]
+    works("hub", "-m", run_dir, "--out", out, "--license", "cc-by-sa-4.0", "--language", "zu", "--language", "xh")
+    head = (out / "README.md").read_text(encoding="utf-8").split("---\n")[1]
     assert "license: cc-by-sa-4.0\n" in head
     assert "language:\n- zu\n- xh\n" in head
+
+
+def test_the_licence_of_what_it_started_from_is_its_own(run_dir, tmp_path):
+    (run_dir / SOURCE_CARD).write_text("---\nlicense: cc-by-sa-4.0\n---\n# Imodeli\n", encoding="utf-8")
+    write_hub_folder(open_run(run_dir), tmp_path / "given")
+    head, text = (tmp_path / "given" / "README.md").read_text(encoding="utf-8").split("---\n", 2)[1:]
+    assert "license: cc-by-sa-4.0\n" in head
     assert SOURCE_CARD in text
-    assert (out / SOURCE_CARD).is_file()
+    assert (tmp_path / "given" / SOURCE_CARD).is_file()
+
+
+def test_a_cards_own_head_stays(run_dir, tmp_path):
+    head = "\ufeff\n---\nlicense: mit\ntags:\n- zulu\n- lstm\n---\n# Imodeli\n"
+    (run_dir / CARD).write_text(head, encoding="utf-8")
+    write_hub_folder(open_run(run_dir), tmp_path / "given")
+    text = (tmp_path / "given" / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("---\nlicense: mit\ntags:\n- zulu\n- lstm\n- awd-lstm\n- ulimi\n")
+    assert text.count("---\n") == 2
+
+
+@pytest.mark.parametrize("card", [
+    b"---\nlicense: [a\n---\n# x\n", b"---\n- a\n---\n# x\n", b"---\nmodel-index: 3\n---\n# x\n",
+    b"---\n1: 2\n---\n# x\n", b"---\na: \x07\n---\n# x\n", b"---\na: !b c\n---\n# x\n", b"---\nlicense: mit\n",
+    b"--- \nlicense: mit\n--- \n# x\n",
+    b"# caf\xe9\n",
+])  # fmt: skip
+def test_a_card_that_cannot_be_read_is_refused(run_dir, tmp_path, refused, card):
+    (run_dir / CARD).write_bytes(card)
+    said = refused("hub", "-m", run_dir, "--out", tmp_path / "given")
+    assert CARD in said
+    assert "head" in said or "cannot be read" in said
+    assert not (tmp_path / "given").exists()
 
 
 def test_places_become_names(run_dir, tmp_path):
     change_meta(run_dir, init_from="/home/someone/runs/first")
     write_hub_folder(open_run(run_dir), tmp_path / "given")
+    (tmp_path / "named").symlink_to(run_dir)
+    write_hub_folder(open_run(run_dir), tmp_path / "a{b} c")
+    assert '"USER/a{b} c"' in (tmp_path / "a{b} c" / "README.md").read_text(encoding="utf-8")
     for path in (tmp_path / "given").iterdir():
         if path.name not in (WEIGHTS, ONNX):
             assert b"/home/" not in path.read_bytes(), path.name
@@ -432,11 +542,45 @@ def test_places_become_names(run_dir, tmp_path):
     assert open_run(tmp_path / "given").meta["init_from"] == "first"
 
 
-def test_a_place_that_is_left_is_refused(run_dir, tmp_path):
-    (run_dir / SOURCE_CARD).write_text("see /home/someone/card.md\n", encoding="utf-8")
+@pytest.mark.parametrize("name", [SOURCE_CARD, CARD, "recipe.toml"])
+def test_a_place_that_is_left_is_refused(run_dir, tmp_path, name):
+    old = (run_dir / name).read_text(encoding="utf-8") if (run_dir / name).is_file() else ""
+    (run_dir / name).write_text(f"{old}# see /home/someone/card.md\n", encoding="utf-8")
     said = refusal(lambda: write_hub_folder(open_run(run_dir), tmp_path / "given"))
-    assert said.startswith(f"{SOURCE_CARD} names a place on this machine, '/home/someone/card.md'")
+    assert "names a place on this machine, '/home/someone/card.md'" in said
     assert not (tmp_path / "given").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("--license", "No Such Licence!"), ("--license", ""), ("--license", "mit\nx"), ("--language", ""),
+    ("--language", "isiZulu yes"),
+])  # fmt: skip
+def test_what_the_hub_would_not_know_is_refused(tiny_run, tmp_path, refused, name, value):
+    said = refused("hub", "-m", tiny_run.dir, "--out", tmp_path / "given", name, value)
+    assert f"{name} {value!r}: allowed: " in said
+    assert not (tmp_path / "given").exists()
+
+
+def test_weights_and_graph_must_be_of_one_another(run_dir, tmp_path, refused):
+    weights, graph = (run_dir / WEIGHTS).read_bytes(), (run_dir / ONNX).read_bytes()
+    config = json.loads((run_dir / "config.json").read_text())
+    for name, data in (
+        (WEIGHTS, weights[:1000]), (WEIGHTS, b""), (ONNX, graph[:1000]),
+        ("config.json", json.dumps({**config, AWD_LSTM: {**config[AWD_LSTM], "vocab_size": 77}}).encode()),
+        ("config.json", json.dumps({**config, AWD_LSTM: {"vocab_size": 320}}).encode()),
+    ):  # fmt: skip
+        good = (run_dir / name).read_bytes()
+        (run_dir / name).write_bytes(data)
+        refused("hub", "-m", run_dir, "--out", tmp_path / "given")
+        assert not (tmp_path / "given").exists()
+        (run_dir / name).write_bytes(good)
+    tensors = {name: tensor + 1 for name, tensor in read_tensors(run_dir / WEIGHTS).items()}
+    write_tensors(tensors, run_dir / WEIGHTS, {"format": "pt"})
+    assert "made of other weights" in refused("hub", "-m", run_dir, "--out", tmp_path / "given")
+    (run_dir / ONNX).unlink()
+    (run_dir / "curve.png").unlink()
+    write_hub_folder(open_run(run_dir), tmp_path / "given")
+    assert "curve.png" not in (tmp_path / "given" / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_given_is_refused(run_dir, tmp_path, corpus_dir, refused, works):

@@ -49,15 +49,6 @@ def read_graph_weights(path: Path, rng: np.random.Generator | None = None) -> di
         ) from None
 
 
-def name_weights(path: Path, weights_sha256: str) -> None:
-    """Say in a graph which weights are those of it, in place of those that it was made of."""
-    proto = onnx.load(path)
-    for prop in proto.metadata_props:
-        if prop.key == "weights_sha256":
-            prop.value = weights_sha256
-    onnx.save(proto, path)
-
-
 class _Graph:
     def __init__(self, proto: onnx.ModelProto, rng: np.random.Generator | None) -> None:
         self._rng = rng

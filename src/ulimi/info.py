@@ -124,6 +124,7 @@ def curve(values: list[float], width: int = 40) -> str:
 def model_card(run: Run, place: Path | None = None) -> str:
     """Write the README.md of a run folder; the arguments are those of `summary`."""
     place = place or run.dir
+    name = place.name if place.name not in ("", "..") else place.resolve().name
     table = "\n".join(f"| {name} | {value} |" for name, value in summary(run, place))
     pictured = recipe = ""
     if run.kind == NGRAM:
@@ -133,7 +134,7 @@ def model_card(run: Run, place: Path | None = None) -> str:
     else:
         layers = " of Mogrifier layers (Melis, Kočiský & Blunsom 2020)" if run.config.get("mogrifier_rounds") else ""
         what, made_of = f"An AWD-LSTM language model (Merity, Keskar & Socher 2017){layers} trained", "weights"
-        pictured = "\n![validation and training loss](curve.png)\n"
+        pictured = "\n![validation and training loss](curve.png)\n" if (run.dir / "curve.png").is_file() else ""
         toml = (run.dir / "recipe.toml").read_text(encoding="utf-8").strip()
         recipe = f"\n## Recipe\n\n```toml\n{toml}\n```\n"
     inherited = ""
@@ -146,7 +147,7 @@ library_name: ulimi
 pipeline_tag: text-generation
 ---
 
-# {place.resolve().name}
+# {name}
 
 {what} with ulimi.
 

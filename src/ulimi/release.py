@@ -27,7 +27,9 @@ READ_BY_PEOPLE = ("config.json", "tokenizer_config.json", "recipe.toml", "metric
 GAP = "@@"
 """stands in a card where something has still to be filled in"""
 
-PLACE = re.compile(r"(?<![\w:/.])/(?:[\w.-]+/)+[\w.-]*|\b[A-Za-z]:\\\w+")
+PLACE = re.compile(
+    r"(?<![\w:/.])/(?:[\w.-]+/)+[\w.-]*|\b[A-Za-z]:[\\/]\w+|\bfile:/+[\w.-]+|(?<![\w~])~\w*/[\w.-]+|\\\\\w+\\\w+"
+)
 """an absolute path; a web address has a colon before its slashes"""
 
 
@@ -108,17 +110,22 @@ def _read_card(path: Path) -> str:
 
 def _meta(run: Run) -> dict[str, Any]:
     """Give meta.json without places, with the hashes of the weights and of the graph."""
-    meta: dict[str, Any] = without_places(run.meta)
+    graph_sha256 = hashlib.sha256((run.dir / ONNX).read_bytes()).hexdigest()
+    return {**public_meta(run), "weights_sha256": run.weights_sha256, "graph_sha256": graph_sha256}
+
+
+def public_meta(run: Run) -> dict[str, Any]:
+    """Give meta.json as it can be given away: without places, and without what tells of a machine's owner."""
+    meta: dict[str, Any] = _without_places(run.meta)
     if "system" in meta.get("machine", {}):
         meta["machine"]["system"] = meta["machine"]["system"].split("-")[0]
-    graph_sha256 = hashlib.sha256((run.dir / ONNX).read_bytes()).hexdigest()
-    return {**meta, "weights_sha256": run.weights_sha256, "graph_sha256": graph_sha256}
+    return meta
 
 
-def without_places(value: Any) -> Any:
+def _without_places(value: Any) -> Any:
     """Leave the last name of each absolute path."""
     if isinstance(value, dict):
-        return {key: without_places(entry) for key, entry in value.items()}
+        return {key: _without_places(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [without_places(entry) for entry in value]
+        return [_without_places(entry) for entry in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

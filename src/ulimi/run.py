@@ -46,6 +46,9 @@ SOURCE_CARD = "SOURCE_CARD.md"
 """the card of a release whose weights others were trained on from: its licence holds for those, too"""
 CHECKPOINT = Path("last") / "checkpoint.safetensors"
 
+READ_BACK = "weights_read_back"
+"""in meta.json: the float weights beside a graph are what its numbers tell of them, as in a release's hub folder"""
+
 MEMBERS = Path("members")
 
 AWD_LSTM, NGRAM, MIXTURE = "awd_lstm", "ngram", "mixture"
@@ -84,8 +87,8 @@ class Run:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the float weights are there, and not their graph alone."""
-        return (self.dir / WEIGHTS).is_file()
+        """Whether the float weights are there, and not their graph alone, or what was read back from it."""
+        return (self.dir / WEIGHTS).is_file() and not self.meta.get(READ_BACK)
 
     def need_weights(self, what: str) -> None:
         """Refuse what is no network, and a graph without its float weights, on behalf of what would round them."""
@@ -151,9 +154,10 @@ class Run:
         `ulimi.engine.read_weights` reads either. An error if no epoch has ended yet.
         """
         self.need_network(WEIGHTS)
-        for path in (self.dir / WEIGHTS, self.dir / ONNX):
-            if path.is_file():
-                return path
+        if self.has_weights:
+            return self.dir / WEIGHTS
+        if (self.dir / ONNX).is_file():
+            return self.dir / ONNX
         raise UlimiError(f"{self.dir}: no {WEIGHTS} yet; the first epoch of its training has not ended")
 
     @cached_property
@@ -187,7 +191,7 @@ class Run:
 
     def model_files(self) -> list[Path]:
         """What decides how the model computes, as far as it is there."""
-        names = (WEIGHTS, ONNX, NGRAMS, "config.json", "tokenizer.json")
+        names = (*[WEIGHTS] * self.has_weights, ONNX, NGRAMS, "config.json", "tokenizer.json")
         own = [self.dir / name for name in names if (self.dir / name).is_file()]
         return own + [path for member in self.members() for path in member.model_files()]
 

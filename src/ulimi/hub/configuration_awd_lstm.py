@@ -21,10 +21,13 @@ class AWDLSTMConfig(PretrainedConfig):
         mogrifier_rounds: in which each layer's input and state scale one another before a step (Melis, Kočiský &
             Blunsom 2020); 0 is a plain LSTM.
         mogrifier_rank: of the matrices of these rounds.
+        use_cache: give the state, to go on from, where nothing else is asked for.
         kwargs: those of every configuration of transformers.
     """
 
     model_type = "awd_lstm"
+    # A state is no tensor, which Trainer would gather from its batches.
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class AWDLSTMConfig(PretrainedConfig):
         tie_word_embeddings: bool = True,
         mogrifier_rounds: int = 0,
         mogrifier_rank: int = 32,
+        use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -43,6 +47,7 @@ class AWDLSTMConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.mogrifier_rounds = mogrifier_rounds
         self.mogrifier_rank = mogrifier_rank
+        self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         # Some versions read it from their own fields alone.
         self.tie_word_embeddings = tie_word_embeddings

@@ -185,24 +185,37 @@ class AWDLSTMModel(AWDLSTMPreTrainedModel):
         Args:
             input_ids: (B, T); the first of a text should be `<eos>`, as the tokenizer gives it.
             attention_mask: (B, T), or longer, of which the end counts: 0 is a pad, which is not read. A pad's place
-                among the outputs has what was there before it.
+                among the outputs has what was there before it, among the embeddings 0 if there was nothing.
             inputs_embeds: (B, T, E), instead of ids.
-            use_cache: give the state, to go on from (True).
+            use_cache: give the state, to go on from; None is as the configuration has it, and so for the next two.
             output_hidden_states: give the embeddings and each layer's output, too.
             return_dict: False gives a tuple.
             kwargs: the state of before, as `cache` (transformers 5.24) or `past_key_values`; others are ignored.
+
+        Raises:
+            ValueError: there are no tokens, or twice; the mask is shorter than they are; the state is another model's.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if self.training:
             logger.warning_once("An AWD-LSTM in transformers has no dropouts; `ulimi train --init-from` trains on.")
         x_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x_BTE.shape
+        if T == 0:
+            raise ValueError("there are no tokens to read; a text begins with <eos>, at least")
+        if attention_mask is not None and attention_mask.size(1) < T:
+            raise ValueError(f"attention_mask has {attention_mask.size(1)} places, fewer than the {T} tokens")
         state = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
         if state is None:
             sizes = [layer.lstm.hidden_size for layer in self.layers]
             layers = [(x_BTE.new_zeros(B, size), x_BTE.new_zeros(B, size)) for size in sizes]
             state = AWDLSTMState(layers)
+        if not isinstance(state, AWDLSTMState):
+            raise ValueError(f"the state is a {type(state).__name__}; an AWD-LSTM goes on from an AWDLSTMState")
 
         lengths_B = back_BT = None
         is_real_BT = None if attention_mask is None else attention_mask[:, -T:].bool()
@@ -227,11 +240,11 @@ class AWDLSTMModel(AWDLSTMPreTrainedModel):
             if output_hidden_states:
                 seen.append(put_back(x_BTE, h_BH))
         out_BTE = put_back(x_BTE, state.layers[-1][0])
-        new_state = None if use_cache is False else AWDLSTMState(new_layers, state.num_read + T)
+        new_state = AWDLSTMState(new_layers, state.num_read + T) if use_cache else None
         output = BaseModelOutputWithPast(
             last_hidden_state=out_BTE, hidden_states=tuple(seen) if output_hidden_states else None, **{CACHE: new_state}
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if return_dict else output.to_tuple()
 
 
 class AWDLSTMForCausalLM(AWDLSTMPreTrainedModel, GenerationMixin):
@@ -297,4 +310,4 @@ class AWDLSTMForCausalLM(AWDLSTMPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits_BTV, hidden_states=read.hidden_states, **{CACHE: getattr(read, CACHE)}
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
