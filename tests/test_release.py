@@ -136,7 +136,8 @@ def test_a_card_with_gaps_a_large_folder_and_one_that_is_there_are_refused(tiny_
     ('"path": "/home/x/train.txt"', "/home/x/train.txt"), ("in /tmp/run", "/tmp/run"), (r"C:\Users\x", r"C:\Users"),
     ("https://creativecommons.org/licenses/by-sa/4.0/", None), ("and/or/both", None), ("valid / test", None),
     ("C:/Users/x", "C:/Users"), ("file:///home/x", "file:///home"), ("see ~/notes", "~/notes"), ("~x/y", "~x/y"),
-    (r"\\server\x", r"\\server\x"), ("a ~ b/c", None), ("~~no~~/x", None), ("ab://x/y", None), ("runs/mine/x", None), ("1/2/3 of it", None), ("kWh/h/core", None),
+    (r"\\server\x", r"\\server\x"), ("a ~ b/c", None), ("~~no~~/x", None), ("ab://x/y", None),
+    ("runs/mine/x", None), ("1/2/3 of it", None), ("kWh/h/core", None),
 ])  # fmt: skip
 def test_a_place_is_told_from_what_looks_like_one(text, found):
     match = PLACE.search(text)
