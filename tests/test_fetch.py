@@ -3,17 +3,25 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from conftest import TINY
 from test_run import refusal
+from ulimi.adapt import run_stats
+from ulimi.corpus import open_corpus
+from ulimi.engine import load_engine, load_model
 from ulimi.fetch import fetch_run
+from ulimi.recipe import load_recipe
 from ulimi.run import open_run
+from ulimi.train import train
 
 SEVERAL = """
 import json, sys
@@ -133,12 +141,12 @@ def test_a_model_is_fetched_once_and_used_without_a_network(hub, fetch, tiny_run
     assert open_run(first).model_sha256 == tiny_run.model_sha256
     wanted = {name for name in files_of(tiny_run.dir) if name.split("/")[0] not in ("last", "corpus")}
     assert {"last/checkpoint.safetensors", "model.onnx", "model.safetensors"} <= set(files_of(tiny_run.dir))
-    assert {path.name for path in Path(first).iterdir()} == wanted
+    assert set(files_of(Path(first))) == wanted
     assert sum(asked == f"GET /zulu/tiny/resolve/{hub.commit('zulu/tiny')}/model.onnx" for asked in hub.asked) == 1
     hub.close()
     kept, missing = fetch("hf:zulu/tiny", "hf:zulu/small")
     assert kept == first
-    assert missing.startswith("error: hf:zulu/small: cannot be fetched, and is not in the cache: ")
+    assert missing.startswith("error: hf:zulu/small: cannot be fetched: ")
     assert "\n" not in missing
 
 
@@ -159,10 +167,11 @@ def test_why_it_is_not_to_be_had_is_said(hub, fetch):
         "hf:zulu/none: no such model on the hub, or not for you; `hf auth login` says who you are",
         "hf:zulu/tiny@v9: no revision 'v9'",
         "hf:zulu/closed: is open to those alone whom its owner lets in; `hf auth login` says who you are",
-        "hf:zulu/other holds no meta.json; allowed: what `ulimi hub` makes, or another run folder",
-        said[-1].split(": ", 1)[1],
+        "hf:zulu/other: holds no meta.json; allowed: what `ulimi hub` makes, or another run folder",
+        "hf:zulu/a--b..c: Cannot have -- or .. in repo_id: 'zulu/a--b..c'.",
     ]
-    assert said[-1].startswith("error: hf:zulu/a--b..c: ")
+    # Nor was anything else of it fetched, which may be large.
+    assert not [asked for asked in hub.asked if asked.endswith("config.json") and "/zulu/other/" in asked]
     assert "\n" not in "".join(said)
 
 
@@ -178,6 +187,38 @@ def test_a_folder_of_such_a_name_is_a_folder(tmp_path, monkeypatch, tiny_run):
     (tmp_path / "hf:zulu" / "tiny").symlink_to(tiny_run.dir)
     monkeypatch.chdir(tmp_path)
     assert open_run("hf:zulu/tiny").recipe == tiny_run.recipe
+
+
+def test_a_mixture_comes_with_its_members(hub, fetch, tiny_run, corpus_dir, works, tmp_path):
+    works("ngram", corpus_dir, "--out", tmp_path / "ngram", "--tokenizer-from", tiny_run.dir)
+    works("mix", tiny_run.dir, tmp_path / "ngram", "--tune", corpus_dir / "valid.txt", "--out", tmp_path / "mixed")
+    hub.models["zulu/mixed"] = files_of(tmp_path / "mixed")
+    (folder,) = fetch("hf:zulu/mixed")
+    assert set(files_of(Path(folder))) == set(files_of(tmp_path / "mixed"))
+
+
+def test_what_was_fetched_is_called_by_its_name_and_stays_as_it_is(tiny_run, tmp_path, corpus_dir):
+    fetched = replace(
+        tiny_run, dir=Path(shutil.copytree(tiny_run.dir, tmp_path / "0123abcd")), origin="hf:zulu/tiny@v1"
+    )
+    assert fetched.name == "hf:zulu/tiny@v1"
+    assert fetched.title == "tiny"
+    # What it says of where its text was is about another machine.
+    assert tiny_run.text_path("train") is not None
+    shutil.rmtree(fetched.dir / "corpus", ignore_errors=True)
+    assert fetched.text_path("train") is None
+    before = files_of(fetched.dir)
+    run_stats(fetched, load_model(fetched), corpus_dir / "train.txt")
+    assert files_of(fetched.dir) == before
+    (fetched.dir / "model.onnx").unlink()
+    said = refusal(lambda: load_engine(fetched, kind="onnx"))
+    assert "`ulimi export RUN`, where it was trained, writes it" in said
+    run_dir = tmp_path / "further"
+    train(
+        open_corpus(corpus_dir, run_dir / "corpus"), run_dir, load_recipe(None, (*TINY, "optim.max_epochs=1")),
+        init_from=fetched,
+    )  # fmt: skip
+    assert open_run(run_dir).meta["init_from"] == "hf:zulu/tiny@0123abcd"
 
 
 def test_commands_take_it(hub, tmp_path, tiny_run, works):

@@ -495,6 +495,12 @@ def test_licence_and_languages_stand_at_the_cards_head(run_dir, tmp_path, works)
     head = (out / "README.md").read_text(encoding="utf-8").split("---\n")[1]
     assert "license: cc-by-sa-4.0\n" in head
     assert "language:\n- zu\n- xh\n" in head
+    # Whoever goes on from it learns so.
+    assert b"license: cc-by-sa-4.0\n" in open_run(out).source_card()
+    works("hub", "-m", out, "--out", tmp_path / "again")
+    again = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    assert again.split("---\n")[1] == head
+    assert again.count("## With transformers") == 1
 
 
 def test_the_licence_of_what_it_started_from_is_its_own(run_dir, tmp_path):

@@ -93,8 +93,9 @@ def test_all_words_and_the_end_are_the_lines_score(run, engine):
             text = "".join(word.text for word in scored.words)
             assert text + " " * (len(run.tokenizer.normalize(line)) - len(text)) == run.tokenizer.normalize(line)
             assert all(word.text.strip() for word in scored.words)
-            # What white space there is begins words; but for a first one.
-            assert all(word.text[0].isspace() for word in scored.words[1:])
+        # Odd white space parts words, too.
+        assert [word.text.strip() for word in scored.words] == run.tokenizer.normalize(line).split()
+        assert sum(word.num_tokens for word in scored.words) + scored.end_tokens == len(run.tokenizer.encode(line)) + 1
     assert sums == pytest.approx([s.nats for _, s in score_lines(engine, run.tokenizer, lines)], rel=1e-5, abs=1e-4)
 
 
@@ -124,6 +125,9 @@ def test_the_command_prints_a_row_a_word(tiny_run, tmp_path, works):
     assert f"{told[0]['words'][1]['bits']:.4f}" == rows[2][1]
     assert told[0]["words"][1]["num_tokens"] == int(rows[2][2])
     assert f"{told[1]['end_bits']:.4f}" == rows[4][1]
+    assert [line["end_tokens"] for line in told] == [1, 1, 1]
+    (row,) = works("score", "--words", "-m", tiny_run.dir, stdin=b"  \n").out.splitlines()[1:]
+    assert int(row.split("\t")[2]) == len(open_run(tiny_run.dir).tokenizer.encode("  ")) + 1
     whole = works("score", "--json", path, "-m", tiny_run.dir).json
     for line, score in zip(told, whole, strict=True):
         bits = sum(word["bits"] for word in line["words"]) + line["end_bits"]
@@ -148,6 +152,6 @@ def test_what_cannot_be_is_refused(tiny_run, tmp_path, corpus_dir, refused):
     train(open_corpus(corpus_dir, run_dir / "corpus"), run_dir, load_recipe(None, (*TINY, "loss.kind=entmax")))
     sparse = open_run(run_dir)
     said = refusal(lambda: list(score_words(load_engine(sparse), sparse.tokenizer, ["Abantu"])))
-    assert said == "--words: a sparse model (entmax) rules words out; allowed: models of cross entropy"
+    assert said == "words: a sparse model (entmax) rules some out; allowed: models of cross entropy"
     assert said in refused("score", "--words", corpus_dir / "valid.txt", "-m", run_dir)
     assert "nowhere.txt" in refused("score", "--words", tmp_path / "nowhere.txt", "-m", tiny_run.dir)

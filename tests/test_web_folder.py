@@ -155,6 +155,7 @@ def check_equal(folder: Path, run: Run) -> None:
         assert [(w["text"], w["num_tokens"]) for w in found["words"]] == [
             (w["text"], w["num_tokens"]) for w in by_word["words"]
         ]
+        assert found.pop("end_tokens") == by_word["end_tokens"]
         bits = [*(w["bits"] for w in found.pop("words")), found.pop("end_bits")]
         assert bits == pytest.approx([*(w["bits"] for w in by_word["words"]), by_word["end_bits"]], rel=1e-3, abs=1e-2)
         assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-3)

@@ -284,7 +284,7 @@ def run_stats(
         )
     text = encode_file(text_path, run.tokenizer)
     stats = gradient_stats(model, text.ids, on_batches=on_batches)
-    if asdict(text.stats).items() <= run.meta["data"]["train"].items():
+    if run.origin is None and asdict(text.stats).items() <= run.meta["data"]["train"].items():
         # Another text's statistics are not the run's own; and one in a folder that cannot be written to can be judged.
         with suppress(OSError):
             write_tensors(stats, kept)

@@ -287,7 +287,9 @@ def ngram(
 
 @app.command()
 def mix(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders, or shipped models' names.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Run folders, shipped models' names, hf:USER/NAME.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The run folder to make.")],
     tune: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Find the weights by this text, which no model was trained on.")
@@ -606,7 +608,7 @@ def _print_words(engine: "Engine", tokenizer: "Tokenizer", file: str, as_json: b
             typer.echo(json.dumps({"text": line, **told}, ensure_ascii=False))
         else:
             rows = [(word.bits, word.num_tokens, word.text.strip()) for word in scored.words]
-            rows.append((told["end_bits"], 1, EOS))
+            rows.append((told["end_bits"], scored.end_tokens, EOS))
             typer.echo(heading + "\n".join(f"{number}\t{bits:.4f}\t{n}\t{text}" for bits, n, text in rows))
             heading = ""
     typer.echo(heading, nl=False)
@@ -940,7 +942,7 @@ def serve(
     from ulimi.serve import LOOPBACK, Service, listen, make_app, make_server, url_of
 
     run = open_run(model)
-    service = Service(run.dir.resolve().name, load_engine(run, device, kind=engine), run.tokenizer)
+    service = Service(run.title, load_engine(run, device, kind=engine), run.tokenizer)
     app = make_app(service, allow_origin or [], any_host=host not in LOOPBACK)
     with listen(host, port) as listener:
         typer.echo(f"{url_of(listener)} serves {model}; Ctrl-C ends it")
@@ -981,7 +983,7 @@ def study(
     from ulimi.study import Attested, Model, Settings, Study, choose_strategies, cut_prompts, digest_of, strategies
 
     runs = [open_run(path) for path in models or [DEFAULT_MODEL]]
-    names = [run.dir.resolve().name for run in runs]
+    names = [run.title for run in runs]
     if len(set(names)) < len(names):
         raise UlimiError(f"--model: the runs must have different names; got {', '.join(names)}")
     loaded = [
@@ -1026,7 +1028,7 @@ def export(
     from ulimi.run import open_run
 
     opened = open_run(run)
-    if opened.dir != run and not opened.is_shipped:
+    if opened.origin is not None:
         raise UlimiError(f"ulimi export: {run} is a model of the hub; allowed: a run folder, which it writes into")
     opened.need_weights("ulimi export")
     _need_extra("train")

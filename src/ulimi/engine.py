@@ -559,7 +559,7 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto", exact: bo
         raise UlimiError(f"--device {device}: --engine onnx computes on the CPU; allowed with it: auto, cpu")
     path = run.dir / ONNX
     if kind == "onnx" and not path.is_file():
-        raise UlimiError(f"--engine onnx: {run.dir} holds no {ONNX}; `ulimi export {run.dir}` writes it")
+        raise UlimiError(f"--engine onnx: {run.dir} holds no {ONNX}; {run.export_advice}")
     # A folder may hold the graph alone, without the weights that it was made of.
     alone = not run.has_weights
     # PyTorch is often there for other reasons, without what reads weights for it.
@@ -579,14 +579,14 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto", exact: bo
             if kind == "onnx":
                 raise UlimiError(
                     f"--engine onnx: {path} was made of other weights than {WEIGHTS} beside it; "
-                    f"`ulimi export {run.dir}` writes it anew"
+                    f"{run.export_advice} anew"
                 )
     if not has_torch:
         if kind == "torch" or device not in ("auto", "cpu"):
             asked = "--engine torch" if kind == "torch" else f"--device {device}"
             raise UlimiError(f"{asked} needs PyTorch and what comes with it: pip install 'ulimi[train]'")
         raise UlimiError(
-            f"{run.dir} holds no {ONNX} of its weights; `ulimi export {run.dir}` writes it, or "
+            f"{run.dir} holds no {ONNX} of its weights; {run.export_advice}, or "
             "pip install 'ulimi[train]' brings PyTorch"
         )
     return TorchEngine(load_model(run, choose_device(device)), run.alpha)

@@ -1,11 +1,12 @@
 """A run from Hugging Face's hub: fetched once into the hub's own cache, and from there where there is no network.
 
 huggingface_hub does it, which comes with tokenizers: `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are what
-they are to it. Nothing that is fetched is run: of a folder of `ulimi hub` the Python files stay behind.
+they are to it. Nothing that is fetched is run: the Python files of a folder of `ulimi hub` stay behind.
 """
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import ulimi
@@ -14,8 +15,12 @@ from ulimi.errors import UlimiError
 HUB = "hf:"
 """what the name of a model on the hub begins with: hf:USER/NAME, or hf:USER/NAME@REVISION"""
 
-LEFT_BEHIND = ("*.py", "last/*", "corpus/*", "tensorboard/*")
-"""of a run folder that was put on the hub as it is: what using a model does not need"""
+FETCHED = (
+    "meta.json", "config.json", "recipe.toml", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
+    "model.onnx", "ngram.npz", "metrics.jsonl", "curve.png", "README.md", "MODEL_CARD.md", "SOURCE_CARD.md",
+    "members/*",
+)  # fmt: skip
+"""what using a model needs of a run folder, and what it tells of itself"""
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^@\s]+))?", re.ASCII)
 
@@ -27,8 +32,8 @@ def fetch_run(name: str) -> Path:
         name: begins with `HUB`.
 
     Raises:
-        UlimiError: the name is none, there is no such model or revision, it is not open to this user, or it can neither
-            be fetched nor is it in the cache.
+        UlimiError: the name is none, there is no such model or revision, it is no run, it is not open to this user, or
+            it can neither be fetched nor is it in the cache.
     """
     match = _NAME.fullmatch(name.removeprefix(HUB))
     if match is None:
@@ -40,11 +45,12 @@ def fetch_run(name: str) -> Path:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+    fetch = partial(snapshot_download, repo, library_name="ulimi", library_version=ulimi.__version__)
     try:
-        folder: str = snapshot_download(
-            repo, revision=revision, ignore_patterns=list(LEFT_BEHIND), library_name="ulimi",
-            library_version=ulimi.__version__,
-        )  # fmt: skip
+        # First what tells whether it is a run at all: other models have gigabytes.
+        folder = Path(fetch(revision=revision, allow_patterns="meta.json"))
+        if (folder / "meta.json").is_file():
+            fetch(revision=folder.name, allow_patterns=list(FETCHED))
     except errors.GatedRepoError:
         reason = "is open to those alone whom its owner lets in; `hf auth login` says who you are"
     except errors.RepositoryNotFoundError:
@@ -55,7 +61,9 @@ def fetch_run(name: str) -> Path:
         reason = str(error).splitlines()[0]
     # What no network raises depends on where it ends.
     except Exception as error:
-        reason = f"cannot be fetched, and is not in the cache: {str(error).splitlines()[0] if str(error) else error!r}"
+        reason = f"cannot be fetched: {str(error).partition(chr(10))[0] or repr(error)}"
     else:
-        return Path(folder)
+        if (folder / "meta.json").is_file():
+            return folder
+        reason = "holds no meta.json; allowed: what `ulimi hub` makes, or another run folder"
     raise UlimiError(f"{name}: {reason}")

@@ -111,8 +111,12 @@ def write_hub_folder(run: Run, out: Path, *, licence: str | None = None, languag
         write_json(unfinished / "meta.json", public_meta(run) | ({} if run.has_weights else {READ_BACK: True}))
         _write_configs(run, unfinished)
         _write_tokenizer(run, unfinished)
-        card = _card(run, out.resolve().name, licence, languages)
-        write_text(unfinished / "README.md", card)
+        name = out.resolve().name
+        card = _card(run, name, licence, languages)
+        if card.data.get("license") is not None and not (unfinished / CARD).is_file():
+            # For whoever goes on from these weights.
+            write_text(unfinished / CARD, str(card))
+        write_text(unfinished / "README.md", f"{str(card).rstrip()}\n{_use(run, name)}")
         refuse_places(unfinished, [name for name in READ_BY_PEOPLE if (unfinished / name).is_file()])
         num_bytes = sum(path.stat().st_size for path in unfinished.iterdir())
     return num_bytes
@@ -162,8 +166,8 @@ def _write_tokenizer(run: Run, out: Path) -> None:
     write_json(path, {**settings, "pad_token": EOS, "padding_side": "left"})
 
 
-def _card(run: Run, name: str, licence: str | None, languages: Sequence[str]) -> str:
-    """Give README.md: a release's own card, or what `ulimi train` writes, with what the hub reads at its head."""
+def _card(run: Run, name: str, licence: str | None, languages: Sequence[str]) -> ModelCard:
+    """Give a release's own card, or what `ulimi train` writes, with what the hub reads at its head."""
     own = run.dir / CARD
     card = (
         _read_card(own)
@@ -181,8 +185,13 @@ def _card(run: Run, name: str, licence: str | None, languages: Sequence[str]) ->
         card.data["license"] = licence
     if languages:
         card.data["language"] = list(languages)
+    return card
+
+
+def _use(run: Run, name: str) -> str:
+    """Say how the folder is used, at the end of README.md."""
     use = USE.format(name=name, python_name=json.dumps(f"USER/{name}", ensure_ascii=False))
-    return f"{str(card).rstrip()}\n{use}{'' if run.has_weights else USE_READ_BACK}"
+    return use if run.has_weights else use + USE_READ_BACK
 
 
 def _read_card(path: Path) -> ModelCard:

@@ -67,6 +67,8 @@ class Run:
 
     dir: Path
     meta: dict[str, Any]
+    origin: str | None = None
+    """hf:USER/NAME, if it was fetched: the folder is the hub's cache then, where nothing is written"""
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -102,7 +104,18 @@ class Run:
     @property
     def name(self) -> str:
         """What a message calls it."""
-        return f"the shipped model {self.dir.name}" if self.is_shipped else str(self.dir)
+        return self.origin or (f"the shipped model {self.dir.name}" if self.is_shipped else str(self.dir))
+
+    @property
+    def title(self) -> str:
+        """The name alone, without its place."""
+        return self.dir.resolve().name if self.origin is None else self.origin.split("/")[1].split("@")[0]
+
+    @property
+    def export_advice(self) -> str:
+        """Say who can write its graph."""
+        who = "" if self.origin is None else ", where it was trained,"
+        return f"`ulimi export {self.dir if self.origin is None else 'RUN'}`{who} writes it"
 
     @property
     def is_shipped(self) -> bool:
@@ -204,7 +217,8 @@ class Run:
         """Find the text of a part ("train", "valid"): where the run remembers it, or in its own corpus/, or nowhere."""
         entry = self.meta.get("data", {}).get(part, {})
         # Of a release only the file's name is left: what bears it where somebody stands is another text.
-        places = [path for path in [Path(entry.get("path", ""))] if path.is_absolute()]
+        # And a stranger's run does not say which file is read here.
+        places = [path for path in [Path(entry.get("path", ""))] if path.is_absolute() and self.origin is None]
         places.append(self.dir / "corpus" / f"{part}.txt")
         return next((place for place in places if place.is_file()), None)
 
@@ -247,11 +261,10 @@ def open_run(path: Path | str) -> Run:
     Raises:
         UlimiError: no such folder, not a run folder, or one of a newer format; it cannot be fetched.
     """
-    shipped, path = shipped_models(), Path(path)
-    if (name := path.as_posix()).startswith(HUB) and not path.is_dir():
-        path = fetch_run(name)
-        if not (path / "meta.json").is_file():
-            raise UlimiError(f"{name} holds no meta.json; allowed: what `ulimi hub` makes, or another run folder")
+    shipped, path, origin = shipped_models(), Path(path), None
+    if path.as_posix().startswith(HUB) and not path.is_dir():
+        origin = path.as_posix()
+        path = fetch_run(origin)
     if str(path) in shipped and not (path / "meta.json").is_file():
         path = MODELS / path
     if not path.is_dir():
@@ -268,7 +281,7 @@ def open_run(path: Path | str) -> Run:
             f"{path} has run format {version}, this ulimi reads up to {FORMAT}; it was made by ulimi "
             f"{meta.get('ulimi', '?')}: install that version or a newer one"
         )
-    return Run(path, meta)
+    return Run(path, meta, origin)
 
 
 def refuse_file(run_dir: Path) -> None:

@@ -7,7 +7,9 @@ one began one (Pimentel & Meister 2024, "How to compute the probability of a wor
 
     p(word | before) = p(tokens | before) p(next begins a word | tokens, before) / p(next begins a word | before)
 
-Over a line, its end included, that adds up to the line's usual score, to the last nat.
+Over a line, its end included, that adds up to the line's usual score, to the last nat. White space that no token begins
+with (a no-break space, where the tokenizer's text had none) parts words, too, but without those two factors: its bytes
+may begin other characters as well.
 
 Light floor: the network is whatever `Engine` is given.
 """
@@ -45,11 +47,12 @@ class LineScore(NamedTuple):
     words: list[WordScore]
     end_nats: float
     """of the line's end, with the white space that may stand before it"""
+    end_tokens: int
 
     def as_dict(self) -> dict[str, Any]:
         """The keys of `--json`, in bits."""
         words = [{"text": word.text, "bits": word.bits, "num_tokens": word.num_tokens} for word in self.words]
-        return {"words": words, "end_bits": self.end_nats / math.log(2)}
+        return {"words": words, "end_bits": self.end_nats / math.log(2), "end_tokens": self.end_tokens}
 
 
 def score_words(engine: Engine, tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[tuple[str, LineScore]]:
@@ -64,7 +67,7 @@ def score_words(engine: Engine, tokenizer: Tokenizer, lines: Iterable[str]) -> I
         UlimiError: the model is sparse: it gives some words no probability, which no number of nats says.
     """
     if engine.alpha != 1:
-        raise UlimiError("--words: a sparse model (entmax) rules words out; allowed: models of cross entropy")
+        raise UlimiError("words: a sparse model (entmax) rules some out; allowed: models of cross entropy")
     parts = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
     # Kind "word" has a token a word, each of which begins one.
     begins_V = np.array([not tokenizer.is_lossless or _text(part)[:1].isspace() for part in parts])
@@ -78,29 +81,28 @@ def score_words(engine: Engine, tokenizer: Tokenizer, lines: Iterable[str]) -> I
             logp_TV = log_probs(logits_1TV[0], 1.0)
             nats += (-logp_TV[np.arange(len(logp_TV)), targets_1T[0]]).tolist()
             log_begins += np.log(np.maximum(np.exp(logp_TV[:, begins_V]).sum(axis=1), 1e-300)).tolist()
-        # At a line's start there is nothing that could go on instead.
-        log_begins[0] = 0.0
         words: list[tuple[bytes, float, int]] = []
         for place, id in enumerate(ids):
-            text, cost, num_tokens = words[-1] if words else (b"", 0.0, 0)
-            if place and not begins_V[id]:
-                words[-1] = text + parts[id], cost + nats[place], num_tokens + 1
+            part, cost = parts[id], nats[place]
+            # A character has four bytes at most.
+            begins = begins_V[id] or _text(b"".join(parts[id] for id in ids[place : place + 4])[:4])[:1].isspace()
+            if not words:
+                words.append((part, cost, 1))
                 continue
-            if words:
-                words[-1] = text, cost - log_begins[place], num_tokens
-            new = parts[id], nats[place] + log_begins[place], 1
+            before, cost_before, tokens_before = words.pop()
+            moved = log_begins[place] if begins_V[id] else 0.0
             # White space alone stands in front of the word after it.
-            if words and not _text(text).strip() and tokenizer.is_lossless:
-                text, cost, num_tokens = words.pop()
-                new = text + new[0], cost + new[1], num_tokens + 1
-            words.append(new)
-        *own, (_, end_nats, _) = words
+            if begins and _text(before).strip():
+                words += [(before, cost_before - moved, tokens_before), (part, cost + moved, 1)]
+            else:
+                words.append((before + part, cost_before + cost, tokens_before + 1))
+        *own, (_, end_nats, end_tokens) = words
         texts = [_text(text) for text, _, _ in own]
         if not tokenizer.is_lossless:
             # As they were written, known or not.
             texts = [" " * (place > 0) + word for place, word in enumerate(tokenizer.normalize(line).split())]
         scored = [WordScore(text, cost, n) for text, (_, cost, n) in zip(texts, own, strict=True)]
-        yield line, LineScore(scored, end_nats)
+        yield line, LineScore(scored, end_nats, end_tokens)
 
 
 def _text(part: bytes) -> str:

@@ -549,7 +549,7 @@ class Trainer:
         return {
             **new_meta(machine),
             "data": describe_corpus(corpus, self.train_text, self.valid_text),
-            "init_from": None if init_from is None else str(init_from.dir.resolve()),
+            "init_from": None if init_from is None else _place(init_from),
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
         }
 
@@ -649,6 +649,11 @@ class Trainer:
             (tensors[f"state.{i}.h"].to(self.device), tensors[f"state.{i}.c"].to(self.device))
             for i in range(len(self.state))
         ]
+
+
+def _place(run: Run) -> str:
+    """Say where a run is to be found again: of the hub, as it was then."""
+    return str(run.dir.resolve()) if run.origin is None else f"{run.origin.split('@')[0]}@{run.dir.name}"
 
 
 def claim_folder(run_dir: Path, recipe: Recipe, *, resume: bool, init_from: Run | None) -> Run | None:

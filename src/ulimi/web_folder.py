@@ -78,7 +78,7 @@ def write_web_folder(run: Run, out: Path, *, libraries: Path | None = None) -> i
             f"{run.dir}: its tokenizer is of kind {tokenizer.kind!r}; `ulimi web` takes bpe, unigram or char"
         )
     if not (run.dir / ONNX).is_file():
-        raise UlimiError(f"{run.dir}: holds no {ONNX}; `ulimi export {run.dir}` writes it")
+        raise UlimiError(f"{run.dir}: holds no {ONNX}; {run.export_advice}")
     engine = load_engine(run, kind="onnx")
     assert isinstance(engine, OnnxEngine)
     with atomic_dir(out) as unfinished:
@@ -97,7 +97,7 @@ def write_web_folder(run: Run, out: Path, *, libraries: Path | None = None) -> i
         licence = f"is told in {' and '.join(cards)}" if cards else "is for whoever trained it to say here"
         text = Template((PAGE / "README.md").read_text(encoding="utf-8"))
         said = text.substitute(
-            name=run.dir.resolve().name, version=ulimi.__version__, megabytes=round(num_bytes / 1e6), licence=licence
+            name=run.title, version=ulimi.__version__, megabytes=round(num_bytes / 1e6), licence=licence
         )
         (unfinished / "README.md").write_text(said, encoding="utf-8", newline="\n")
     return num_bytes
@@ -108,7 +108,7 @@ def _write_model(run: Run, tokenizer: Tokenizer, engine: OnnxEngine, out: Path) 
     for name in (ONNX, "tokenizer.json", *CARDS):
         if (run.dir / name).is_file():
             shutil.copyfile(run.dir / name, out / name)
-    write_json(out / "model.json", describe(run.dir.resolve().name, tokenizer, engine))
+    write_json(out / "model.json", describe(run.title, tokenizer, engine))
 
 
 def describe(name: str, tokenizer: Tokenizer, engine: OnnxEngine) -> dict[str, Any]:

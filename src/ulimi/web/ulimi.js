@@ -238,27 +238,23 @@ export class Model {
   #surprisals(ids, read) {
     const words = [];
     ids.forEach((id, place) => {
-      const [logprob, begins] = read[place], before = words.at(-1);
-      if (before && !SPACE.test(toText(this.#tokens[id]))) {
-        before.text += this.#tokens[id];
+      const [logprob, logBegins] = read[place], text = this.#tokens[id], before = words.at(-1);
+      // A character has four bytes at most; white space alone stands in front of the word after it.
+      const bytes = ids.slice(place, place + 4).map((next) => this.#tokens[next]).join("").slice(0, 4);
+      const begins = SPACE.test(toText(text)) || SPACE.test(toText(bytes));
+      if (!before || (begins && NO_SPACE.test(toText(before.text)))) {
+        const moved = before && SPACE.test(toText(text)) ? logBegins : 0;
+        if (before) before.nats -= moved;
+        words.push({ text, nats: moved - logprob, num_tokens: 1 });
+      } else {
+        before.text += text;
         before.nats -= logprob;
         before.num_tokens++;
-        return;
       }
-      let word = { text: this.#tokens[id], nats: -logprob, num_tokens: 1 };
-      if (before) {
-        before.nats -= begins;
-        word.nats += begins;
-        // White space alone stands in front of the word after it.
-        if (!NO_SPACE.test(toText(before.text))) {
-          words.pop();
-          word = { text: before.text + word.text, nats: before.nats + word.nats, num_tokens: before.num_tokens + 1 };
-        }
-      }
-      words.push(word);
     });
     const told = words.map(({ text, nats, num_tokens }) => ({ text: toText(text), bits: nats / Math.LN2, num_tokens }));
-    return { end_bits: told.pop().bits, words: told };
+    const end = told.pop();
+    return { words: told, end_bits: end.bits, end_tokens: end.num_tokens };
   }
 
   // What was read
