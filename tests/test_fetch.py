@@ -191,7 +191,7 @@ def test_a_folder_of_such_a_name_is_a_folder(tmp_path, monkeypatch, tiny_run):
 
 def test_a_mixture_comes_with_its_members(hub, fetch, tiny_run, corpus_dir, works, tmp_path):
     works("ngram", corpus_dir, "--out", tmp_path / "ngram", "--tokenizer-from", tiny_run.dir)
-    works("mix", tiny_run.dir, tmp_path / "ngram", "--tune", corpus_dir / "valid.txt", "--out", tmp_path / "mixed")
+    works("mix", tiny_run.dir, tmp_path / "ngram", "-o", tmp_path / "mixed", "--weight", 0.25, "--weight", 0.75)
     hub.models["zulu/mixed"] = files_of(tmp_path / "mixed")
     (folder,) = fetch("hf:zulu/mixed")
     assert set(files_of(Path(folder))) == set(files_of(tmp_path / "mixed"))
