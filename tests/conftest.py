@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -95,6 +96,12 @@ def tiny_run(tmp_path_factory, corpus_dir) -> Run:
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
     train(open_corpus(corpus_dir, run_dir / "corpus"), run_dir, load_recipe(None, TINY))
     return open_run(run_dir)
+
+
+@pytest.fixture
+def run_dir(tmp_path, tiny_run):
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tiny_run.dir, tmp_path / "run"))
 
 
 class Result(NamedTuple):

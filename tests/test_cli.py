@@ -42,12 +42,6 @@ def text_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def run_dir(tmp_path, tiny_run):
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(tiny_run.dir, tmp_path / "run"))
-
-
 def contents(folder):
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,12 +74,6 @@ def plain(tmp_path_factory, tiny_run) -> Path:
 @pytest.fixture(scope="module")
 def plain_model(plain, transformers):
     return transformers.AutoModelForCausalLM.from_pretrained(plain, trust_remote_code=True)
-
-
-@pytest.fixture
-def run_dir(tmp_path, tiny_run):
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(tiny_run.dir, tmp_path / "run"))
 
 
 def some_ids(model, *shape: int, seed: int = 0) -> torch.Tensor:

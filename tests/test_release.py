@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +22,6 @@ from ulimi.score import score_lines
 SCRIPT = Path(__file__).parent.parent / "scripts" / "isizulu-model.sh"
 TINY_NETWORK = [setting for setting in TINY if not setting.startswith("tokenizer.")]
 CORPORA = ("isizulu_open", "nchlt_lower_zul", "isixhosa_open", "siswati", "isindebele")
-
-
-@pytest.fixture
-def run_dir(tmp_path, tiny_run):
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(tiny_run.dir, tmp_path / "run"))
 
 
 @pytest.fixture

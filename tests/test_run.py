@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -78,12 +77,6 @@ def refusal(call):
         call()
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.fixture
-def run_dir(tmp_path, tiny_run):
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(tiny_run.dir, tmp_path / "run"))
 
 
 # The folder

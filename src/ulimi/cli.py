@@ -557,62 +557,66 @@ def score(
     as_json: JsonOption = False,
 ) -> None:
     """Score each line by itself: a row a line, for filtering corpora and ranking candidates; or a row a word."""
-    from ulimi.corpus import read_lines
     from ulimi.engine import load_engine
     from ulimi.marginal import Marginal
     from ulimi.run import open_run
-    from ulimi.score import score_lines
 
     if words and marginal:
         raise UlimiError("--words and --marginal are two ways to score; choose one")
     run = open_run(model)
     scorer = load_engine(run, device, kind=engine, exact=True)
-    if words:
-        return _print_words(scorer, run.tokenizer, file, as_json)
-    score_rows = Marginal(scorer, run.tokenizer).score_rows if marginal else None
-    _note_smoothed(run)
-    told = {"marginal": True} if marginal else {}
-    num_unknown = 0
-    # Who types lines wants each answer at once; a file is faster in batches.
-    at_once = 1 if file == "-" and sys.stdin is not None and sys.stdin.isatty() else 256
-    # A file that cannot be read is found with its first line: then there is no table to head.
-    heading = "" if as_json else "nats\ttokens\tchars\tbits_per_char\ttext\n"
     tokenizer = run.tokenizer
-    lines = score_lines(scorer, tokenizer, read_lines(file), lines_at_once=at_once, score_rows=score_rows)
-    for line, line_score in lines:
+    if words:
+        heading, rows = "line\tbits\ttokens\tword\n", _word_rows(scorer, tokenizer, file, as_json)
+    else:
+        score_rows = Marginal(scorer, tokenizer).score_rows if marginal else None
+        _note_smoothed(run)
+        heading = "nats\ttokens\tchars\tbits_per_char\ttext\n"
+        rows = _line_rows(scorer, tokenizer, file, as_json, score_rows)
+    # A file that cannot be read is found with its first line: then there is no table to head.
+    heading = "" if as_json else heading
+    num_unknown = 0
+    for line, printed in rows:
         if tokenizer.unk_id is not None:
             num_unknown += tokenizer.encode(line).count(tokenizer.unk_id)
-        if as_json:
-            typer.echo(json.dumps({"text": line, **line_score.as_dict(), **told}, ensure_ascii=False))
-        else:
-            s = line_score
-            typer.echo(f"{heading}{s.nats:.4f}\t{s.num_tokens}\t{s.num_chars}\t{s.bits_per_char:.4f}\t{line}")
-            heading = ""
+        typer.echo(heading + printed)
+        heading = ""
     typer.echo(heading, nl=False)
     _warn_unknown("standard input" if file == "-" else file, num_unknown)
 
 
-def _print_words(engine: "Engine", tokenizer: "Tokenizer", file: str, as_json: bool) -> None:
-    """Print the surprisals of each line's words, or a line's as one object of JSON."""
+def _line_rows(
+    engine: "Engine", tokenizer: "Tokenizer", file: str, as_json: bool,
+    score_rows: Callable[[list[list[int]]], list[float]] | None,
+) -> Iterator[tuple[str, str]]:  # fmt: skip
+    """Give each line, and its score as it is printed; `score_rows` is what `--marginal` scores with."""
+    from ulimi.corpus import read_lines
+    from ulimi.score import score_lines
+
+    told = {} if score_rows is None else {"marginal": True}
+    # Who types lines wants each answer at once; a file is faster in batches.
+    at_once = 1 if file == "-" and sys.stdin is not None and sys.stdin.isatty() else 256
+    for line, s in score_lines(engine, tokenizer, read_lines(file), lines_at_once=at_once, score_rows=score_rows):
+        if as_json:
+            yield line, json.dumps({"text": line, **s.as_dict(), **told}, ensure_ascii=False)
+        else:
+            yield line, f"{s.nats:.4f}\t{s.num_tokens}\t{s.num_chars}\t{s.bits_per_char:.4f}\t{line}"
+
+
+def _word_rows(engine: "Engine", tokenizer: "Tokenizer", file: str, as_json: bool) -> Iterator[tuple[str, str]]:
+    """Give each line, and the surprisals of its words as they are printed."""
     from ulimi.corpus import read_lines
     from ulimi.surprisal import score_words
     from ulimi.tokenizer import EOS
 
-    heading = "" if as_json else "line\tbits\ttokens\tword\n"
-    num_unknown = 0
     for number, (line, scored) in enumerate(score_words(engine, tokenizer, read_lines(file)), start=1):
-        if tokenizer.unk_id is not None:
-            num_unknown += tokenizer.encode(line).count(tokenizer.unk_id)
         told = scored.as_dict()
         if as_json:
-            typer.echo(json.dumps({"text": line, **told}, ensure_ascii=False))
+            yield line, json.dumps({"text": line, **told}, ensure_ascii=False)
         else:
             rows = [(word.bits, word.num_tokens, word.text.strip()) for word in scored.words]
             rows.append((told["end_bits"], scored.end_tokens, EOS))
-            typer.echo(heading + "\n".join(f"{number}\t{bits:.4f}\t{n}\t{text}" for bits, n, text in rows))
-            heading = ""
-    typer.echo(heading, nl=False)
-    _warn_unknown("standard input" if file == "-" else file, num_unknown)
+            yield line, "\n".join(f"{number}\t{bits:.4f}\t{n}\t{text}" for bits, n, text in rows)
 
 
 @app.command()

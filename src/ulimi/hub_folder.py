@@ -20,7 +20,7 @@ import tokenizers
 from huggingface_hub import ModelCard
 from tokenizers.processors import TemplateProcessing
 
-from ulimi.engine import load_engine, load_model, read_weights, write_tensors
+from ulimi.engine import load_engine, load_model, write_tensors
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_dir, write_json, write_text
 from ulimi.info import model_card
@@ -92,12 +92,12 @@ def write_hub_folder(run: Run, out: Path, *, licence: str | None = None, languag
     _check_names(licence, languages)
     if run.alpha != 1:
         raise UlimiError(f"{run.dir}: its loss is entmax, which transformers does not know; allowed: cross entropy")
-    if not run.meta.get("training"):
-        raise UlimiError(f"{run.dir}: its training is not finished; `ulimi train … --resume` goes on with it")
+    run.need_finished()
     # Are they there, of one another, and of this tokenizer?
-    load_model(run)
+    model = load_model(run)
     if (run.dir / ONNX).is_file():
         load_engine(run, kind="onnx")
+    run = replace(run, meta=public_meta(run))
     with atomic_dir(out) as unfinished:
         for name in COPIED:
             if (run.dir / name).is_file():
@@ -107,8 +107,8 @@ def write_hub_folder(run: Run, out: Path, *, licence: str | None = None, languag
         if run.has_weights:
             shutil.copyfile(run.weights_path, unfinished / WEIGHTS)
         else:
-            write_tensors(read_weights(run), unfinished / WEIGHTS, {"format": "pt"})
-        write_json(unfinished / "meta.json", public_meta(run) | ({} if run.has_weights else {READ_BACK: True}))
+            write_tensors(dict(model.named_parameters()), unfinished / WEIGHTS, {"format": "pt"})
+        write_json(unfinished / "meta.json", run.meta | ({} if run.has_weights else {READ_BACK: True}))
         _write_configs(run, unfinished)
         _write_tokenizer(run, unfinished)
         name = out.resolve().name
@@ -133,7 +133,6 @@ def _check_names(licence: str | None, languages: Sequence[str]) -> None:
 def _write_configs(run: Run, out: Path) -> None:
     """Write config.json, ours with what transformers wants to know, and generation_config.json."""
     config, eos_id = run.config, run.tokenizer.eos_id
-    ours = json.loads((run.dir / "config.json").read_text(encoding="utf-8"))
     ids = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
     theirs = {
         "architectures": ["AWDLSTMForCausalLM"],
@@ -147,7 +146,7 @@ def _write_configs(run: Run, out: Path) -> None:
         "mogrifier_rounds": config.get("mogrifier_rounds", 0),  # an older run does not say
         "mogrifier_rank": config.get("mogrifier_rank", 32),
     }
-    write_json(out / "config.json", {**ours, **theirs, **ids})
+    write_json(out / "config.json", {**run.whole_config, **theirs, **ids})
     sampling = {"do_sample": True, "top_p": TOP_P, "top_k": 0, "temperature": 1.0, "max_new_tokens": MAX_NEW_TOKENS}
     write_json(out / "generation_config.json", {**ids, **sampling})
 
@@ -155,25 +154,18 @@ def _write_configs(run: Run, out: Path) -> None:
 def _write_tokenizer(run: Run, out: Path) -> None:
     """Write the tokenizer, with <eos> before each text, and as the pad, which an attention mask tells from it."""
     tokenizer = run.tokenizer
-    tokenizer.save(out)
     backend = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     backend.post_processor = TemplateProcessing(
         single=f"{EOS} $A", pair=f"{EOS} $A {EOS} $B", special_tokens=[(EOS, tokenizer.eos_id)]
     )
     write_text(out / "tokenizer.json", backend.to_str(pretty=True))
-    path = out / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**settings, "pad_token": EOS, "padding_side": "left"})
+    write_json(out / "tokenizer_config.json", {**tokenizer.config, "pad_token": EOS, "padding_side": "left"})
 
 
 def _card(run: Run, name: str, licence: str | None, languages: Sequence[str]) -> ModelCard:
     """Give a release's own card, or what `ulimi train` writes, with what the hub reads at its head."""
     own = run.dir / CARD
-    card = (
-        _read_card(own)
-        if own.is_file()
-        else _parse_card(model_card(replace(run, meta=public_meta(run)), Path(name)), own)
-    )
+    card = _read_card(own) if own.is_file() else _parse_card(model_card(run, Path(name)), own)
     source = run.dir / SOURCE_CARD
     if licence is None and card.data.get("license") is None and source.is_file():
         # Whoever trained on from a release gives on what they made of it under its licence.

@@ -78,8 +78,7 @@ def refuse_places(folder: Path, names: Iterable[str]) -> None:
 
 def _check_graph(run: Run) -> None:
     """Refuse what was not finished, or whose graph was not found to be that of its weights."""
-    if not run.meta.get("training"):
-        raise UlimiError(f"{run.dir}: its training is not finished; `ulimi train … --resume` goes on with it")
+    run.need_finished()
     load_engine(run, kind="onnx")  # is it there, of these weights, and of this tokenizer?
     found = run.meta.get("onnx", {})
     difference, cost = found.get("fp32_max_difference"), found.get("int8_cost_bits_per_char")

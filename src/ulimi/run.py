@@ -71,14 +71,15 @@ class Run:
     """hf:USER/NAME, if it was fetched: the folder is the hub's cache then, where nothing is written"""
 
     @cached_property
-    def _config(self) -> dict[str, Any]:
+    def whole_config(self) -> dict[str, Any]:
+        """All of config.json."""
         return _read_json(self.dir / "config.json")
 
     @property
     def kind(self) -> str:
         """What kind of model it holds: `AWD_LSTM`, `NGRAM` or `MIXTURE`."""
         # A folder may hold a graph alone, and no config.json.
-        model_type = self._config.get("model_type") if (self.dir / "config.json").is_file() else AWD_LSTM
+        model_type = self.whole_config.get("model_type") if (self.dir / "config.json").is_file() else AWD_LSTM
         return model_type if model_type in (NGRAM, MIXTURE) else AWD_LSTM
 
     def need_network(self, what: str) -> None:
@@ -100,6 +101,11 @@ class Run:
                 f"{what}: {self.name} has no float weights, only their graph ({ONNX}); take a run folder that "
                 f"holds {WEIGHTS}: `ulimi train` makes one, and `make isizulu-model` the one behind the shipped model"
             )
+
+    def need_finished(self) -> None:
+        """Refuse a run whose training goes on, on behalf of what gives it away."""
+        if not self.meta.get("training"):
+            raise UlimiError(f"{self.dir}: its training is not finished; `ulimi train … --resume` goes on with it")
 
     @property
     def name(self) -> str:
@@ -125,7 +131,7 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """The keyword arguments of the network; of an n-gram model, its order; of a mixture, its weights."""
-        config = self._config.get(self.kind)
+        config = self.whole_config.get(self.kind)
         if not isinstance(config, dict):
             raise UlimiError(f"{self.dir}/config.json: describes no AWD-LSTM, no n-gram model and no mixture")
         return config
@@ -133,7 +139,7 @@ class Run:
     @cached_property
     def alpha(self) -> float:
         """What turns the network's logits into probabilities: 1 is softmax, above it entmax."""
-        alpha = self._config.get("entmax_alpha", 1.0)
+        alpha = self.whole_config.get("entmax_alpha", 1.0)
         if not isinstance(alpha, int | float) or not 1 <= alpha <= 2:
             raise UlimiError(
                 f"{self.dir}/config.json: entmax_alpha is {alpha!r}; allowed: 1 (softmax) to 2 (sparsemax)"

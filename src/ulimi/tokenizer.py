@@ -167,8 +167,9 @@ class Tokenizer:
         except UlimiError as error:
             raise UlimiError(f"{json_path} cannot be used: {error}") from error
 
-    def save(self, run_dir: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers also loads, each whole or not at all."""
+    @property
+    def config(self) -> dict[str, Any]:
+        """What tokenizer_config.json says."""
         config: dict[str, Any] = {
             "kind": self.kind,
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -180,8 +181,12 @@ class Tokenizer:
         }
         if self.unk_id is not None:
             config["unk_token"] = UNK
+        return config
+
+    def save(self, run_dir: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers also loads, each whole or not at all."""
         write_text(run_dir / "tokenizer.json", self.to_str())
-        write_json(run_dir / "tokenizer_config.json", config)
+        write_json(run_dir / "tokenizer_config.json", self.config)
 
     def normalize(self, text: str) -> str:
         """Give a text as the model reads it: in NFC.

@@ -162,14 +162,6 @@ class AWDLSTMModel(AWDLSTMPreTrainedModel):
         )
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Take another embedding."""
-        self.embed_tokens = value
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -257,22 +249,6 @@ class AWDLSTMForCausalLM(AWDLSTMPreTrainedModel, GenerationMixin):
         self.model = AWDLSTMModel(config)
         self.lm_head = nn.Linear(self.model.layers[-1].lstm.hidden_size, config.vocab_size)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Take another embedding."""
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The decoder."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Take another decoder."""
-        self.lm_head = value
 
     def forward(
         self,

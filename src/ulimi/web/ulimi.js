@@ -241,9 +241,9 @@ export class Model {
       const [logprob, logBegins] = read[place], text = this.#tokens[id], before = words.at(-1);
       // A character has four bytes at most; white space alone stands in front of the word after it.
       const bytes = ids.slice(place, place + 4).map((next) => this.#tokens[next]).join("").slice(0, 4);
-      const begins = SPACE.test(toText(text)) || SPACE.test(toText(bytes));
+      const isKnown = SPACE.test(toText(text)), begins = isKnown || SPACE.test(toText(bytes));
       if (!before || (begins && NO_SPACE.test(toText(before.text)))) {
-        const moved = before && SPACE.test(toText(text)) ? logBegins : 0;
+        const moved = before && isKnown ? logBegins : 0;
         if (before) before.nats -= moved;
         words.push({ text, nats: moved - logprob, num_tokens: 1 });
       } else {
