@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ulimi.corpus import Corpus, read_lines
-from ulimi.cpu import has_bfloat16
+from ulimi.cpu import has_bfloat16, keep_freed_memory
 from ulimi.cuda import PRECISIONS, GraphedStep, Step, has_cudnn, product_precision
 from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
 from ulimi.distill import Lessons, Teacher, describe_teacher, load_teacher
@@ -33,6 +33,7 @@ from ulimi.info import model_card
 from ulimi.loss import target_nats, training_loss
 from ulimi.model import AWDLSTM, State, detach_state
 from ulimi.optim import RunningAverage, learning_rate, make_optimizer, non_monotonic
+from ulimi.parallel import Group, started
 from ulimi.plot import plot_curve
 from ulimi.provenance import describe_corpus, describe_machine, new_meta
 from ulimi.recipe import SIZES, Recipe, build_recipe, changed_keys
@@ -129,6 +130,7 @@ def train(
     resume: bool = False,
     device: str = "auto",
     precision: str = "auto",
+    processes: int = 1,
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
     reporter: Reporter | None = None,
@@ -149,6 +151,7 @@ def train(
         device: "cpu", "cuda", or "auto".
         precision: of products, see `ulimi.cuda.PRECISIONS`; "auto": a resumed run's own; else bf16 where the
             device knows it, fp32 elsewhere.
+        processes: that share the streams, on the CPU, see `ulimi.parallel`; each has as many threads as this one.
         checkpoint_minutes: time between two checkpoints inside an epoch.
         tensorboard: also write TensorBoard events, to run_dir/tensorboard.
         reporter: who is told.
@@ -163,6 +166,7 @@ def train(
         Interrupted: `should_stop` said so.
     """
     # Before anything is made there; the trainer asks again, when no other training can get in between.
+    check_processes(processes, recipe, choose_device(device))
     claim_folder(run_dir, recipe, resume=resume, init_from=init_from)
     # The recipe of a run says what its tokenizer is.
     if init_from is not None and not new_tokenizer:
@@ -174,9 +178,36 @@ def train(
     with locked(run_dir):
         trainer = Trainer(
             corpus, run_dir, recipe, init_from=init_from, new_tokenizer=new_tokenizer, teacher=teacher, resume=resume,
-            device=device, precision=precision, reporter=reporter or Silent(), cache_dir=cache_dir,
+            device=device, precision=precision, processes=processes, reporter=reporter or Silent(), cache_dir=cache_dir,
         )  # fmt: skip
-        return trainer.run(checkpoint_minutes, tensorboard, should_stop)
+        if processes == 1 or trainer.finished():
+            return trainer.run(checkpoint_minutes, tensorboard, should_stop)
+        teacher_dir = None if teacher is None else teacher.dir
+        with started(processes, _help, corpus, run_dir, recipe, teacher_dir, trainer.precision, cache_dir) as group:
+            trainer.join(group)
+            return trainer.run(checkpoint_minutes, tensorboard, should_stop)
+
+
+def _help(
+    group: Group,
+    corpus: Corpus,
+    run_dir: Path,
+    recipe: Recipe,
+    teacher_dir: Path | None,
+    precision: str,
+    cache_dir: Path | None,
+) -> None:
+    """Do another process's share of a training, whose first checkpoint the first process has written."""
+    keep_freed_memory()
+    trainer = Trainer(
+        corpus, run_dir, recipe, init_from=None, new_tokenizer=False,
+        teacher=None if teacher_dir is None else open_run(teacher_dir), resume=True, device="cpu", precision=precision,
+        processes=group.size, rank=group.rank, reporter=Silent(), cache_dir=cache_dir,
+    )  # fmt: skip
+    trainer.join(group)
+    # The first process comes to the same end, and says so.
+    with suppress(UlimiError, Interrupted):
+        trainer.run(math.inf, tensorboard=False, should_stop=lambda: False)
 
 
 @contextmanager
@@ -206,7 +237,10 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 class Trainer:
-    """One run: its model, optimizer, average, random states and position."""
+    """One run: its model, optimizer, average, random states and position.
+
+    With several processes each has one, of which the first alone (`rank` 0) writes.
+    """
 
     def __init__(
         self,
@@ -222,12 +256,16 @@ class Trainer:
         cache_dir: Path | None,
         precision: str = "auto",
         teacher: Run | None = None,
+        processes: int = 1,
+        rank: int = 0,
     ) -> None:
         self.run_dir = run_dir
         self.recipe = recipe
         self.reporter = reporter
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
+        self.rank = rank
+        self.group = Group()
         old = claim_folder(run_dir, recipe, resume=resume, init_from=init_from)
 
         teacher = find_teacher(teacher, old, init_from, recipe)
@@ -248,7 +286,8 @@ class Trainer:
         self.valid_text = encode_file(corpus.valid_path, self.tokenizer, cache_dir)
         self.streams_BS = make_streams(self.train_text.ids, recipe.data.batch_size)
 
-        self.rng = torch.Generator(device=self.device).manual_seed(recipe.optim.seed)
+        # Each process draws its own masks.
+        self.rng = torch.Generator(device=self.device).manual_seed(recipe.optim.seed + rank)
         self.window_rng = np.random.default_rng(recipe.optim.seed)
         self.config = {"vocab_size": self.tokenizer.vocab_size, **recipe.model.model_dump()}
         weights_rng = torch.Generator().manual_seed(recipe.optim.seed)
@@ -273,15 +312,16 @@ class Trainer:
         self.best: dict[str, Tensor] | None = None
         """best weights that are not written yet"""
         self.saved = time.perf_counter()
-        self.meta = old.meta if old is not None else self._new_meta(corpus, init_from)
+        self.meta = old.meta if old is not None else self._new_meta(corpus, init_from, processes)
         if teacher is not None:
             self.meta["teacher"] = describe_teacher(teacher)
         if old is not None:
             self._load_checkpoint()
             if precision == "auto":
                 self.precision = choose_precision(old.meta.get("machine", {}).get("precision", "auto"), self.device)
-            write_text(run_dir / "recipe.toml", recipe.to_toml())
-            if not self._finished():
+            if rank == 0:
+                write_text(run_dir / "recipe.toml", recipe.to_toml())
+            if rank == 0 and not self.finished():
                 # A finished run that goes on is no longer what its scores say.
                 for key in ("training", "scores", "onnx"):
                     self.meta.pop(key, None)
@@ -293,22 +333,29 @@ class Trainer:
         reporter.note(
             f"{num / 1e6:.1f}M parameters, {self.tokenizer.vocab_size} {self.tokenizer.kind} tokens; "
             f"train {len(self.train_text.ids):,} tokens, valid {len(self.valid_text.ids):,}; "
-            f"on {self.device}, {self.precision}"
+            f"on {self.device}, {self.precision}" + f", {processes} processes" * (processes > 1)
         )
 
     def _new_average(self) -> RunningAverage:
         """Make one that has seen nothing: NT-ASGD's is the plain mean since its trigger."""
         return RunningAverage(self.model, self.recipe.optim.average_share or 1.0)
 
+    def join(self, group: Group) -> None:
+        """Be one of several processes from now on: take one's share of the streams, and of their states."""
+        self.group = group
+        rows = group.rows(len(self.streams_BS))
+        self.streams_BS = self.streams_BS[rows]
+        self.state = [(h[:, rows].contiguous(), c[:, rows].contiguous()) for h, c in self.state]
+
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self, checkpoint_minutes: float, tensorboard: bool, should_stop: Callable[[], bool]) -> dict[str, Any]:
         """Train until the recipe says that it is enough; then score the best weights on one stream."""
-        if self.teacher is not None and not self._finished():
+        if self.teacher is not None and not self.finished():
             self.lessons = self._hear(self.teacher, should_stop)
             self.teacher = None  # it may be large
         writer = _open_tensorboard(self.run_dir / "tensorboard") if tensorboard else None
-        while not self._finished():
+        while not self.finished():
             self._epoch(checkpoint_minutes, should_stop)
             row = self._end_epoch()
             self.reporter.epoch(row)
@@ -318,7 +365,7 @@ class Trainer:
                         writer.add_scalar(key, value, row["epoch"])
         if writer is not None:
             writer.close()
-        return self._finish()
+        return self._finish() if self.rank == 0 else {}
 
     def _hear(self, teacher: Teacher, should_stop: Callable[[], bool]) -> Lessons:
         """Let the teacher read the training streams; a stop there loses nothing but its time."""
@@ -335,7 +382,7 @@ class Trainer:
                 self.reporter.note(f"the teacher has read {done / self.streams_BS.size:.0%}  {rate:,.0f} tokens/s")
 
         # Of its own, so that a resumed run hears the same.
-        rng = torch.Generator(device=self.device).manual_seed(self.recipe.optim.seed)
+        rng = torch.Generator(device=self.device).manual_seed(self.recipe.optim.seed + self.rank)
         lessons = teacher.read_streams(self.streams_BS, rng, on_tokens)
         self.progress.seconds += time.perf_counter() - started
         return lessons
@@ -348,7 +395,8 @@ class Trainer:
         for mine, given in zip(self.taught[length], new, strict=True):
             mine.copy_(given)
 
-    def _finished(self) -> bool:
+    def finished(self) -> bool:
+        """Tell whether the recipe says that it is enough."""
         p, optim = self.progress, self.recipe.optim
         patience_over = optim.patience > 0 and p.epoch - p.best_epoch >= optim.patience
         return p.finished or p.epoch >= optim.max_epochs or (p.epoch > 0 and patience_over)
@@ -377,7 +425,7 @@ class Trainer:
         """Train on the windows from the present position to the end of the streams."""
         data, optim, p = self.recipe.data, self.recipe.optim, self.progress
         self._set_dropouts()
-        tokens_per_epoch = self.streams_BS.shape[0] * (self.streams_BS.shape[1] - 1)
+        tokens_per_epoch = data.batch_size * (self.streams_BS.shape[1] - 1)
         windows = Windows(
             self.streams_BS, bptt=data.bptt, variable_length=data.variable_length, rng=self.window_rng,
             position=p.position,
@@ -400,13 +448,14 @@ class Trainer:
             if self.average is not None:
                 self.average.update()
 
-            total_loss += token_loss * targets_BT.numel()  # stays on the device: no wait at each step
+            num_tokens = data.batch_size * targets_BT.size(1)
+            total_loss += token_loss * num_tokens  # stays on the device: no wait at each step
             p.step += 1
-            p.tokens += targets_BT.numel()
-            p.epoch_tokens += targets_BT.numel()
+            p.tokens += num_tokens
+            p.epoch_tokens += num_tokens
             p.position = windows.position
-            stopping = should_stop()
             due = time.perf_counter() - self.saved > 60 * checkpoint_minutes
+            stopping, due = self.group.agree(should_stop(), due)
             if stopping or due or p.step % CHECK_EVERY == 0:
                 p.epoch_loss = total_loss.item()
                 p.seconds = base_seconds + time.perf_counter() - started
@@ -441,8 +490,9 @@ class Trainer:
         # Backward products keep the types of the forward ones, but whether fp32 means TF32 is asked again.
         with product_precision(self.device, "tf32" if self.precision == "tf32" else "fp32"):
             (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
+        mean_loss = self.group.average_gradients(list(model.parameters()), token_loss.detach())
         nn.utils.clip_grad_norm_(model.parameters(), self.recipe.optim.max_grad_norm)
-        return token_loss.detach(), detach_state(out.state)
+        return mean_loss, detach_state(out.state)
 
     def _end_epoch(self) -> dict[str, Any]:
         """Validate the weights that would be saved, save them if they are the best, and look at the trigger."""
@@ -483,9 +533,11 @@ class Trainer:
         self._append_metrics(row)
         p.epoch += 1
         p.position, p.epoch_loss, p.epoch_tokens = 0, 0.0, 0
-        self.state = self.model.initial_state(self.recipe.data.batch_size)
-        if self._finished() or time.perf_counter() - self.saved >= SECONDS_BETWEEN_SAVES:
+        self.state = self.model.initial_state(len(self.streams_BS))
+        (due,) = self.group.agree(self.finished() or time.perf_counter() - self.saved >= SECONDS_BETWEEN_SAVES)
+        if due:
             self.save_checkpoint()
+        if due and self.rank == 0:
             with atomic_path(self.run_dir / "curve.png") as path:
                 plot_curve(Run(self.run_dir, self.meta).metrics(), path)
         return row
@@ -494,7 +546,9 @@ class Trainer:
         """Measure the model's present weights; keep them for the next save if none were better. Nats per token."""
         p = self.progress
         ids, eos_id = self.valid_text.ids, self.tokenizer.eos_id
-        nats = validation_nats(self.model, ids, self.recipe.data.eval_batch_size, eos_id, alpha=self.recipe.alpha)
+        nats = validation_nats(
+            self.model, ids, self.recipe.data.eval_batch_size, eos_id, alpha=self.recipe.alpha, group=self.group
+        )
         valid = nats / len(ids)
         self._check_finite(valid, "validation loss", self.recipe.optim.lr)
         if valid < p.best:
@@ -544,8 +598,10 @@ class Trainer:
     def _data_digest(self) -> str:
         return f"{self.train_text.digest} {self.valid_text.digest}"
 
-    def _new_meta(self, corpus: Corpus, init_from: Run | None) -> dict[str, Any]:
+    def _new_meta(self, corpus: Corpus, init_from: Run | None, processes: int) -> dict[str, Any]:
         machine = {**describe_device(self.device), "precision": self.precision}
+        if processes > 1:
+            machine["processes"] = processes
         return {
             **new_meta(machine),
             "data": describe_corpus(corpus, self.train_text, self.valid_text),
@@ -577,6 +633,8 @@ class Trainer:
                 unfinished.write_bytes(source_card)
 
     def _append_metrics(self, row: dict[str, Any]) -> None:
+        if self.rank:
+            return
         path = self.run_dir / "metrics.jsonl"
         with path.open("ab") as file:
             file.truncate(min(self.progress.metrics_bytes, file.tell()))
@@ -586,6 +644,11 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write the best weights, if they are new, and all that an exact resume needs: each one file, whole or not."""
+        states = [[self.group.gather(part) for part in layer] for layer in self.state]
+        rng_states = self.group.gather(self.rng.get_state())
+        if self.rank:
+            self.best, self.saved = None, time.perf_counter()
+            return
         if self.best is not None:
             write_tensors(self.best, self.run_dir / WEIGHTS, {"format": "pt"})
             self.best = None
@@ -594,9 +657,9 @@ class Trainer:
             tensors |= {f"average.{n}": t for n, t in self.average.weights.items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in slots.items() if value is not None}
-        for i, (h, c) in enumerate(self.state):
-            tensors |= {f"state.{i}.h": h, f"state.{i}.c": c}
-        tensors["rng"] = self.rng.get_state()
+        for i, (h, c) in enumerate(states):
+            tensors |= {f"state.{i}.h": torch.cat(h, dim=1), f"state.{i}.c": torch.cat(c, dim=1)}
+        tensors |= {_rng_key(rank): rng_state for rank, rng_state in enumerate(rng_states)}
         progress = {
             **asdict(self.progress),
             "num_iterates": self.average.num_iterates if self.average is not None else None,
@@ -628,7 +691,9 @@ class Trainer:
         except TypeError as error:
             raise UlimiError(f"{path} was written by another ulimi, which alone can resume it: {error}") from None
         self.window_rng.bit_generator.state = window_rng
-        self.rng.set_state(tensors.pop("rng"))
+        # A run may go on with more processes than it had.
+        if (key := _rng_key(self.rank)) in tensors:
+            self.rng.set_state(tensors[key])
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
@@ -649,6 +714,28 @@ class Trainer:
             (tensors[f"state.{i}.h"].to(self.device), tensors[f"state.{i}.c"].to(self.device))
             for i in range(len(self.state))
         ]
+
+
+def _rng_key(rank: int) -> str:
+    """Name the random state of a process in the checkpoint."""
+    return f"rng.{rank}" if rank else "rng"
+
+
+def check_processes(processes: int, recipe: Recipe, device: torch.device) -> None:
+    """Refuse a number of processes that cannot share a training.
+
+    Raises:
+        UlimiError: the streams do not divide by it, or it is for a GPU.
+    """
+    if processes > 1 and device.type != "cpu":
+        raise UlimiError(f"--processes {processes}: on {device.type} one process is all that is allowed")
+    batch_size = recipe.data.batch_size
+    if batch_size % processes:
+        allowed = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+        raise UlimiError(
+            f"--processes {processes}: each gets as many streams, and data.batch_size is {batch_size}; allowed: "
+            + ", ".join(map(str, allowed))
+        )
 
 
 def _place(run: Run) -> str:
@@ -754,20 +841,24 @@ def regularisation(raw_BTE: Tensor, dropped_BTE: Tensor, alpha: float, beta: flo
     return alpha * dropped_BTE.pow(2).mean(), beta * raw_BTE.diff(dim=1).pow(2).mean()
 
 
-def validation_nats(model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int, alpha: float = 1.0) -> float:
+def validation_nats(
+    model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int, alpha: float = 1.0, group: Group | None = None
+) -> float:
     """Total nats of a text, every token once, read in `batch_size` stretches that each start from a zero state.
 
-    Those of a sparse model (alpha above 1) are smoothed, as in `ulimi.distribution.smoothed_nats`.
+    Those of a sparse model (alpha above 1) are smoothed, as in `ulimi.distribution.smoothed_nats`. The processes of a
+    `group` share the stretches.
     """
+    group = group or Group()
     device = model.lm_head.bias.device
-    inputs_BN, targets_BN = validation_rows(ids, batch_size, eos_id)
+    inputs_BN, targets_BN = (rows[group.rank :: group.size] for rows in validation_rows(ids, batch_size, eos_id))
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     state: State | None = None
     try:
         with torch.inference_mode():
-            for start in range(0, inputs_BN.shape[1], EVALUATION_WINDOW):
+            for start in range(0, inputs_BN.shape[1] if len(inputs_BN) else 0, EVALUATION_WINDOW):
                 window = slice(start, start + EVALUATION_WINDOW)
                 out = model(torch.from_numpy(inputs_BN[:, window]).to(device), state)
                 targets = torch.from_numpy(targets_BN[:, window].copy()).to(device).flatten()
@@ -775,7 +866,7 @@ def validation_nats(model: AWDLSTM, ids: Ids, batch_size: int, eos_id: int, alph
                 state = out.state
     finally:
         model.train(was_training)
-    return total.item()
+    return group.total(total).item()
 
 
 def adopt_weights(model: AWDLSTM, tokenizer: Tokenizer, source: Run, rng: np.random.Generator | None = None) -> None:

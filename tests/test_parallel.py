@@ -1,0 +1,335 @@
+"""Several processes: what goes round between them, and a training that they share."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import active_children
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from conftest import TINY, synthetic_lines
+from ulimi.corpus import open_corpus
+from ulimi.errors import UlimiError
+from ulimi.parallel import Group, started
+from ulimi.recipe import load_recipe
+from ulimi.run import CHECKPOINT, WEIGHTS, open_run
+from ulimi.train import Interrupted, Silent, train
+
+NO_DROPOUT = tuple(f"model.{name}_dropout=0" for name in ("embedding", "input", "hidden", "output", "weight"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """So little text that an epoch has about 30 steps."""
+    folder, lines = tmp_path_factory.mktemp("corpus"), synthetic_lines(72, seed=4)
+    (folder / "train.txt").write_text("\n".join(lines[:-12]) + "\n")
+    (folder / "valid.txt").write_text("\n".join(lines[-12:]) + "\n")
+    return open_corpus(folder, folder)
+
+
+def tiny(*settings):
+    return load_recipe(None, (*TINY, *settings))
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def stop_after(num_steps):
+    calls = iter(range(num_steps))
+    return lambda: next(calls, None) is None
+
+
+def refusal(call):
+    with pytest.raises(UlimiError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# What goes round
+
+
+def parameters_of(rank):
+    """The same shapes everywhere, each process with gradients of its own."""
+    rng = torch.Generator().manual_seed(rank)
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (5,), (1, 1, 4))]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=rng)
+    return parameters
+
+
+def talk(group, _):
+    """What each process does in the test below; the first one gives what it has heard."""
+    parameters = parameters_of(group.rank)
+    heard = {}
+    for _turn in range(2):  # the second one finds its memory laid out
+        heard["loss"] = group.average_gradients(parameters, torch.tensor(float(group.rank)))
+    gradients = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    heard["gradients"] = group.gather(gradients)
+    heard["total"] = group.total(torch.tensor(10.0**group.rank, dtype=torch.float64)).item()
+    heard["agreed"] = group.agree(group.rank == 0, group.rank == 1, True)
+    heard["threads"] = group.gather(torch.tensor([torch.get_num_threads()]))
+    heard["rows"] = group.gather(torch.tensor([*range(12)][group.rows(12)]))
+    return heard
+
+
+def test_three_processes_hear_one_another():
+    with started(3, talk, None) as group:
+        assert group.size == 3
+        heard = talk(group, None)
+    own = [torch.cat([parameter.grad.flatten() for parameter in parameters_of(rank)]) for rank in range(3)]
+    mean = sum(own) / 3
+    assert len(heard["gradients"]) == 3
+    for gradients in heard["gradients"]:
+        # To the bit, or their weights would part.
+        assert torch.equal(gradients, heard["gradients"][0])
+        torch.testing.assert_close(gradients, mean)
+    assert heard["loss"] == 1
+    assert heard["total"] == 111
+    assert heard["agreed"] == [True, False, True]
+    assert [threads.item() for threads in heard["threads"]] == [torch.get_num_threads()] * 3
+    assert [rows.tolist() for rows in heard["rows"]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert not active_children()
+
+
+def test_one_process_is_a_group_that_sends_nothing():
+    group, parameters = Group(), parameters_of(7)
+    loss = torch.tensor(2.0)
+    assert group.average_gradients(parameters, loss) is loss
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(parameters, parameters_of(7), strict=True))
+    assert group.total(loss) is loss
+    assert group.agree(True, False) == [True, False]
+    assert group.gather(loss) == [loss]
+    assert group.rows(5) == slice(0, 5)
+
+
+def fail(group, how):
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError("no such thing")
+
+
+def test_a_process_that_is_killed_ends_the_others_with_one_line():
+    def wait():
+        with started(3, fail, "killed") as group:
+            group.total(torch.zeros(1))
+
+    said = refusal(wait)
+    assert "SIGKILL" in said
+    assert "--resume" in said
+    assert not active_children()
+
+
+def test_a_process_that_fails_says_how():
+    with pytest.raises(RuntimeError, match="no such thing"), started(2, fail, "raises") as group:
+        group.total(torch.zeros(1))
+    assert not active_children()
+
+
+def test_whoever_fails_here_leaves_no_process_behind():
+    with pytest.raises(KeyError), started(2, talk, None):
+        raise KeyError
+    assert not active_children()
+
+
+# A training
+
+
+@pytest.mark.parametrize("kind", ["adamw", "nt-asgd", "entmax"])
+def test_two_processes_without_dropout_do_what_one_does(tmp_path, corpus, kind):
+    settings = {
+        "adamw": ("optim.kind=adamw", "optim.warmup_steps=40", "optim.average_share=0.3"),
+        # It clips at each step.
+        "nt-asgd": ("optim.kind=nt-asgd", "optim.lr=8", "optim.max_grad_norm=0.05", "optim.average_at_start=true"),
+        "entmax": ("loss.kind=entmax", "optim.warmup_steps=40"),
+    }[kind]
+    recipe = tiny(*NO_DROPOUT, *settings, "data.eval_batch_size=5", "loss.ar_alpha=20", "loss.tar_beta=10")
+    alone = train(corpus, tmp_path / "alone", recipe)
+    shared = train(corpus, tmp_path / "shared", recipe, processes=2)
+    assert shared["bits_per_char"] == pytest.approx(alone["bits_per_char"], rel=1e-4)
+    first, second = (open_run(tmp_path / name) for name in ("alone", "shared"))
+    assert len(second.metrics()) == len(first.metrics()) == 2
+    for one, two in zip(first.metrics(), second.metrics(), strict=True):
+        assert {key: two[key] for key in ("step", "tokens", "lr", "averaging", "best")} == {
+            key: one[key] for key in ("step", "tokens", "lr", "averaging", "best")
+        }
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+        assert two["valid_nll"] == pytest.approx(one["valid_nll"], rel=1e-4)
+    weights = load_file(first.dir / WEIGHTS)
+    for name, weight in load_file(second.dir / WEIGHTS).items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-2, atol=1e-3, msg=name)
+    assert second.meta["machine"]["processes"] == 2
+    assert "processes" not in first.meta["machine"]
+    assert not active_children()
+
+
+def test_each_process_draws_its_own_masks(tmp_path, corpus):
+    """With one mask for all, a second process would only do what a first one does."""
+    reporter = Notes()
+    train(corpus, tmp_path, tiny("optim.max_epochs=1"), processes=2, reporter=reporter)
+    assert any(note.endswith("on cpu, fp32, 2 processes") for note in reporter.notes)
+    with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
+        assert not torch.equal(file.get_tensor("rng"), file.get_tensor("rng.1"))
+        assert "rng.2" not in file.keys()  # noqa: SIM118 - not a mapping
+        assert file.get_tensor("state.0.h").shape == (1, 4, 24)
+
+
+def test_two_processes_stopped_and_resumed_are_the_uninterrupted_ones(tmp_path, corpus):
+    recipe = tiny("optim.warmup_steps=40", "optim.average_share=0.3")
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    train(corpus, whole, recipe, processes=2)
+    for resume in (False, True):  # in the first epoch, and in the second one
+        with pytest.raises(Interrupted):
+            train(corpus, pieces, recipe, processes=2, resume=resume, should_stop=stop_after(25))
+    assert not active_children()
+    train(corpus, pieces, recipe, processes=2, resume=True)
+    for name in (WEIGHTS, CHECKPOINT):
+        expected = load_file(whole / name)
+        tensors = load_file(pieces / name)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected), name
+
+
+def test_a_run_may_go_on_with_more_processes_and_with_fewer(tmp_path, corpus):
+    """Without dropout it makes no difference, so the states of all streams are where they belong."""
+    recipe = tiny(*NO_DROPOUT, "optim.warmup_steps=40")
+    alone = train(corpus, tmp_path / "alone", recipe)
+    run_dir = tmp_path / "run"
+    for processes, stop in ((1, 10), (4, 10), (2, 20)):
+        with pytest.raises(Interrupted):
+            train(corpus, run_dir, recipe, processes=processes, resume=processes > 1, should_stop=stop_after(stop))
+    score = train(corpus, run_dir, recipe, resume=True)
+    assert score["bits_per_char"] == pytest.approx(alone["bits_per_char"], rel=1e-4)
+    assert [row["step"] for row in open_run(run_dir).metrics()] == [
+        row["step"] for row in open_run(tmp_path / "alone").metrics()
+    ]
+
+
+def test_each_process_has_its_streams_read_by_the_teacher(tmp_path, corpus):
+    """Little of what it says is drawn where so few letters come, so that both trainings hear nearly the same."""
+    chars = ("tokenizer.kind=char", "tokenizer.vocab_size=0", *NO_DROPOUT, "optim.max_epochs=1")
+    train(corpus, tmp_path / "teacher", tiny(*chars))
+    teacher = open_run(tmp_path / "teacher")
+    recipe = tiny(*chars, "optim.seed=5", "loss.teacher_share=0.9")
+    scores = []
+    for processes in (1, 2):
+        run_dir = tmp_path / f"by {processes}"
+        scores.append(train(corpus, run_dir, recipe, teacher=teacher, processes=processes)["bits_per_char"])
+    assert scores[1] == pytest.approx(scores[0], rel=2e-3)
+    untaught = train(corpus, tmp_path / "untaught", tiny(*chars, "optim.seed=5"))["bits_per_char"]
+    assert abs(untaught - scores[0]) > 5 * abs(scores[1] - scores[0])
+
+
+def test_a_finished_run_starts_no_process(tmp_path, corpus, monkeypatch):
+    score = train(corpus, tmp_path, tiny("optim.max_epochs=1"))
+    monkeypatch.setattr("ulimi.train.started", lambda *_: pytest.fail("started"))
+    assert train(corpus, tmp_path, tiny("optim.max_epochs=1"), resume=True, processes=2) == score
+
+
+# What users do wrong
+
+
+@pytest.mark.parametrize(("processes", "allowed"), [(3, "1, 2, 4"), (8, "1, 2, 4")])
+def test_a_number_that_does_not_share_the_streams_is_refused(tmp_path, corpus, processes, allowed):
+    said = refusal(lambda: train(corpus, tmp_path / "run", tiny(), processes=processes))
+    assert f"--processes {processes}" in said
+    assert said.endswith(f"allowed: {allowed}")
+    assert "batch_size is 4" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_is_for_one_process(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr("ulimi.train.choose_device", lambda name: torch.device("cuda"))
+    assert "on cuda one process" in refusal(lambda: train(corpus, tmp_path / "run", tiny(), processes=2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_refuses_before_it_makes_anything(tmp_path, corpus_dir, ulimi):
+    out = tmp_path / "run"
+    result = ulimi("train", corpus_dir, "--out", out, "--processes", 3, *TINY)
+    assert result.code == 2
+    assert result.err.startswith("ulimi: error: --processes 3: ")
+    assert not out.exists()
+    assert ulimi("train", corpus_dir, "--out", out, "--processes", 0, *TINY).code == 2
+
+
+def ended(group):
+    """Tell whether soon nobody is left of a process group."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def command(corpus_dir, out, *more):
+    code = (
+        "import ulimi.train\nulimi.train.CHECK_EVERY = 1\nfrom ulimi.cli import main\nif __name__ == '__main__': main()"
+    )
+    script = out.parent / "ulimi.main.py"
+    script.write_text(code)
+    return [sys.executable, script, "train", corpus_dir, "--out", out, "--processes", "2", "--threads", "1", *more]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_of_them_stops_with_a_checkpoint_and_says_how_to_go_on(tmp_path, corpus_dir, number):
+    """Ctrl-C goes to every process of a terminal, a batch system's end to every one of a job."""
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        command(corpus_dir, out, *TINY, "optim.max_epochs=500"), stderr=subprocess.PIPE, text=True,
+        process_group=0,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").is_file():
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        os.killpg(process.pid, number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "--resume" in said
+    assert "--processes 2" in said
+    assert ended(process.pid)
+    with safe_open(out / CHECKPOINT, framework="pt") as file:
+        assert "rng.1" in file.keys()  # noqa: SIM118 - not a mapping
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_killed_process_is_told_in_one_line_and_the_run_goes_on(tmp_path, corpus_dir, works):
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        command(corpus_dir, out, *TINY, "optim.max_epochs=500"), stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").is_file():
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        pids = (int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        (helper,) = (pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(helper, signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    (error,) = re.findall(r"^ulimi: error: .*", said, re.MULTILINE)
+    assert "SIGKILL" in error
+    assert "Traceback" not in said
+    done = len(open_run(out).metrics())
+    works("train", corpus_dir, "--out", out, "--resume", f"optim.max_epochs={done + 1}")
+    assert len(open_run(out).metrics()) == done + 1
