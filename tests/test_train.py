@@ -569,7 +569,7 @@ def test_the_average_is_what_is_validated(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr("ulimi.train.non_monotonic", lambda history, newest, n: len(history) == 0)
     seen = []
 
-    def measure(model, ids, batch_size, eos_id, alpha):
+    def measure(model, ids, batch_size, eos_id, **options):
         seen.append(weights_of(model))
         return float(len(ids))
 

@@ -167,7 +167,7 @@ def train(
     ] = "auto",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads (of each process); 0 = all cores.")] = 0,
     processes: Annotated[
-        int, typer.Option(min=1, max=1024, help="That share the work on the CPU: on many cores faster than threads.")
+        int, typer.Option(min=1, max=1024, help="On a CPU: processes that share the streams, beside threads.")
     ] = 1,
     checkpoint_minutes: Annotated[float, typer.Option(min=0.0, help="Time between checkpoints in an epoch.")] = 5.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
