@@ -182,6 +182,24 @@ def test_what_is_no_name_is_refused(name):
     assert "allowed: hf:USER/NAME" in refusal(lambda: open_run(name))
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("https://hub.example/them/theirs", "hf:them/theirs"),
+        ("https://hub.example/them/theirs/tree/main", "hf:them/theirs"),
+        ("hub.example/them/theirs", "hf:them/theirs"),
+        ("them/theirs-0.1", "hf:them/theirs-0.1"),
+        ("theirs", None),
+        ("/them/theirs", None),
+        ("a/b/c", None),
+        ("../theirs", None),
+    ],
+)
+def test_who_gives_an_address_is_told_the_name(path, name):
+    said = refusal(lambda: open_run(path))
+    assert (said.rpartition(" it would be ")[2] if "on the hub" in said else None) == name
+
+
 def test_a_folder_of_such_a_name_is_a_folder(tmp_path, monkeypatch, tiny_run):
     (tmp_path / "hf:zulu").mkdir()
     (tmp_path / "hf:zulu" / "tiny").symlink_to(tiny_run.dir)

@@ -24,6 +24,15 @@ FETCHED = (
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^@\s]+))?", re.ASCII)
 
+_ADDRESS = re.compile(r"(?:(?:https?:/)?[\w-]+(?:\.[\w-]+)+/)?(\w[\w.-]*/\w[\w.-]*)(?:/tree/.*)?", re.ASCII)
+"""of a model's page; so a path has it, of whose slashes two that follow one another are one"""
+
+
+def name_on_hub(path: Path) -> str | None:
+    """Give the name that was perhaps meant by what is no folder: the address of a page, or USER/NAME."""
+    match = _ADDRESS.fullmatch(path.as_posix())
+    return None if match is None else HUB + match[1]
+
 
 def fetch_run(name: str) -> Path:
     """Give the folder of a model on the hub; the first time, or where it has changed there, it is fetched.

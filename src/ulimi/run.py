@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ulimi.errors import UlimiError, nearest
-from ulimi.fetch import HUB, fetch_run
+from ulimi.fetch import HUB, fetch_run, name_on_hub
 from ulimi.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -275,7 +275,9 @@ def open_run(path: Path | str) -> Run:
         path = MODELS / path
     if not path.is_dir():
         names = f"; shipped with ulimi: {', '.join(shipped)}{nearest(str(path), shipped)}" if shipped else ""
-        raise UlimiError(f"no run folder {str(path)!r}; `ulimi train CORPUS --out {path}` makes one{names}")
+        name = name_on_hub(path)
+        meant = f"; on the hub it would be {name}" if name is not None else ""
+        raise UlimiError(f"no run folder {str(path)!r}; `ulimi train CORPUS --out {path}` makes one{names}{meant}")
     if not (path / "meta.json").is_file():
         raise UlimiError(f"{path} is not a run folder: it holds no meta.json")
     meta = _read_json(path / "meta.json")
