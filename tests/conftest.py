@@ -14,6 +14,7 @@ import torch
 import ulimi.train
 from ulimi import cli
 from ulimi.corpus import open_corpus
+from ulimi.errors import UlimiError
 from ulimi.recipe import load_recipe
 from ulimi.run import Run, open_run
 from ulimi.train import train
@@ -47,6 +48,14 @@ def synthetic_lines(num_lines: int, seed: int = 0) -> list[str]:
     """Lines that look a little like isiZulu; no two are the same."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(4, 10))).capitalize() + "." for _ in range(num_lines)]
+
+
+def refusal(call):
+    """Call what must be refused; give what is said, in one line."""
+    with pytest.raises(UlimiError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def commands_that_look_inside(run_dir: Path, corpus_dir: Path, out: Path) -> list[tuple[object, ...]]:

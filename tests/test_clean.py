@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import refusal
 from ulimi import clean, cli
 from ulimi.clean import (
     RULES,
@@ -30,14 +31,6 @@ from ulimi.clean import (
     speakers,
     tables,
 )
-from ulimi.errors import UlimiError
-
-
-def refusal(call):
-    with pytest.raises(UlimiError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def count(*lines):

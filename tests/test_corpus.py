@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import refusal
 from ulimi import corpus
 from ulimi.corpus import NearDuplicates, TextStats, count_stats, open_corpus, read_lines, sequence_hashes, zstd
-from ulimi.errors import UlimiError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -33,14 +33,6 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 def write(path: Path, content: bytes) -> Path:
     path.write_bytes(COMPRESS[path.suffix if path.suffix in COMPRESS else ""](content))
     return path
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(UlimiError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def refusal_of(content: bytes, path: Path) -> str:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from conftest import TINY, synthetic_lines
-from test_train import NO_DROPOUT, Recorder, assert_same_run, make_trainer, read_checkpoint, refusal, stop_after, tiny
+from conftest import TINY, refusal, synthetic_lines
+from test_train import NO_DROPOUT, Recorder, assert_same_run, make_trainer, read_checkpoint, stop_after, tiny
 from ulimi.baseline import TokenizerSettings, make_ngram_run
 from ulimi.corpus import open_corpus
 from ulimi.distill import Teacher, load_teacher

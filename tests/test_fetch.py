@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY
-from test_run import refusal
+from conftest import TINY, refusal
 from ulimi.adapt import run_stats
 from ulimi.corpus import open_corpus
 from ulimi.engine import load_engine, load_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from test_run import refusal
+from conftest import refusal
 from ulimi import export
 from ulimi.engine import OnnxEngine, TorchEngine, load_engine, load_model
 from ulimi.graph_weights import read_graph_weights

@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import TINY, synthetic_lines
+from conftest import TINY, refusal, synthetic_lines
 from test_release import change_meta
-from test_run import refusal
 from ulimi.cli import DEFAULT_MODEL
 from ulimi.corpus import open_corpus
 from ulimi.engine import load_engine, load_model, read_tensors, write_tensors

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import commands_that_look_inside, synthetic_lines
+from conftest import commands_that_look_inside, refusal, synthetic_lines
 from reference import KneserNey
 from test_run import WITHOUT_HEAVY, python
 from ulimi.baseline import TokenizerSettings, make_ngram_run
 from ulimi.engine import load_engine
-from ulimi.errors import UlimiError
 from ulimi.generate import Sampling, generate, score_prompt
 from ulimi.info import model_card, summary
 from ulimi.ngram import MAX_ORDER, NONE, NgramEngine, count_ngrams, discounts, read_ngrams, write_ngrams
@@ -324,13 +323,6 @@ def test_a_damaged_file_is_named(tmp_path):
     assert refusal(lambda: read_ngrams(path)).startswith(f"{path}: cannot be read: ")
     path.unlink()
     assert str(path) in refusal(lambda: read_ngrams(path))
-
-
-def refusal(call):
-    with pytest.raises(UlimiError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # The run and the command line

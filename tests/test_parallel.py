@@ -11,52 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import TINY, synthetic_lines
-from ulimi.corpus import open_corpus
-from ulimi.errors import UlimiError
+from conftest import TINY, refusal, synthetic_lines
+from test_train import NO_DROPOUT, Recorder, assert_same_run, make_corpus, read_checkpoint, stop_after, tiny
 from ulimi.parallel import Group, started
-from ulimi.recipe import load_recipe
-from ulimi.run import CHECKPOINT, WEIGHTS, open_run
-from ulimi.train import Interrupted, Silent, train
-
-NO_DROPOUT = tuple(f"model.{name}_dropout=0" for name in ("embedding", "input", "hidden", "output", "weight"))
+from ulimi.run import WEIGHTS, open_run
+from ulimi.train import Interrupted, train
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """So little text that an epoch has about 30 steps."""
-    folder, lines = tmp_path_factory.mktemp("corpus"), synthetic_lines(72, seed=4)
-    (folder / "train.txt").write_text("\n".join(lines[:-12]) + "\n")
-    (folder / "valid.txt").write_text("\n".join(lines[-12:]) + "\n")
-    return open_corpus(folder, folder)
-
-
-def tiny(*settings):
-    return load_recipe(None, (*TINY, *settings))
-
-
-class Notes(Silent):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-def stop_after(num_steps):
-    calls = iter(range(num_steps))
-    return lambda: next(calls, None) is None
-
-
-def refusal(call):
-    with pytest.raises(UlimiError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return make_corpus(tmp_path_factory.mktemp("corpus"), synthetic_lines(72, seed=4))
 
 
 # What goes round
@@ -178,13 +146,13 @@ def test_two_processes_without_dropout_do_what_one_does(tmp_path, corpus, kind):
 
 def test_each_process_draws_its_own_masks(tmp_path, corpus):
     """With one mask for all, a second process would only do what a first one does."""
-    reporter = Notes()
+    reporter = Recorder()
     train(corpus, tmp_path, tiny("optim.max_epochs=1"), processes=2, reporter=reporter)
     assert any(note.endswith("on cpu, fp32, 2 processes") for note in reporter.notes)
-    with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
-        assert not torch.equal(file.get_tensor("rng"), file.get_tensor("rng.1"))
-        assert "rng.2" not in file.keys()  # noqa: SIM118 - not a mapping
-        assert file.get_tensor("state.0.h").shape == (1, 4, 24)
+    tensors, _ = read_checkpoint(tmp_path)
+    assert not torch.equal(tensors["rng"], tensors["rng.1"])
+    assert "rng.2" not in tensors
+    assert tensors["state.0.h"].shape == (1, 4, 24)
 
 
 def test_two_processes_stopped_and_resumed_are_the_uninterrupted_ones(tmp_path, corpus):
@@ -196,11 +164,7 @@ def test_two_processes_stopped_and_resumed_are_the_uninterrupted_ones(tmp_path, 
             train(corpus, pieces, recipe, processes=2, resume=resume, should_stop=stop_after(25))
     assert not active_children()
     train(corpus, pieces, recipe, processes=2, resume=True)
-    for name in (WEIGHTS, CHECKPOINT):
-        expected = load_file(whole / name)
-        tensors = load_file(pieces / name)
-        assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensors[key], expected[key]) for key in expected), name
+    assert_same_run(whole, pieces)
 
 
 def test_a_run_may_go_on_with_more_processes_and_with_fewer(tmp_path, corpus):
@@ -307,8 +271,7 @@ def test_a_signal_to_all_of_them_stops_with_a_checkpoint_and_says_how_to_go_on(t
     assert "--resume" in said
     assert "--processes 2" in said
     assert ended(process.pid)
-    with safe_open(out / CHECKPOINT, framework="pt") as file:
-        assert "rng.1" in file.keys()  # noqa: SIM118 - not a mapping
+    assert "rng.1" in read_checkpoint(out)[0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

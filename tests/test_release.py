@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY, synthetic_lines
-from test_run import refusal
+from conftest import TINY, refusal, synthetic_lines
 from ulimi.engine import load_engine
 from ulimi.files import write_json
 from ulimi.recipe import load_recipe

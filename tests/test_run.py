@@ -12,7 +12,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 import ulimi
-from ulimi.errors import UlimiError
+from conftest import refusal
 from ulimi.files import atomic_path, write_json, write_text
 from ulimi.info import BARS, curve, model_card, score_text, summary
 from ulimi.plot import plot_curve
@@ -71,13 +71,6 @@ HEAVY = {"torch", "safetensors", "tomli_w", "matplotlib", "tensorboard", "onnx"}
 
 WITHOUT_HEAVY = f"import sys\nsys.modules.update(dict.fromkeys({sorted(HEAVY)}))\n"
 """let an import of these fail, as where only the light floor is installed"""
-
-
-def refusal(call):
-    with pytest.raises(UlimiError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # The folder

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY
-from test_run import WITHOUT_HEAVY, python, refusal
+from conftest import TINY, refusal
+from test_run import WITHOUT_HEAVY, python
 from ulimi import run as run_module
 from ulimi.cli import DEFAULT_MODEL
 from ulimi.data import encode_file

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from conftest import TINY, synthetic_lines
-from test_run import refusal
+from conftest import TINY, refusal, synthetic_lines
 from ulimi.corpus import open_corpus
 from ulimi.engine import load_engine
 from ulimi.recipe import load_recipe

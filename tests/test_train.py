@@ -14,10 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import reference
-from conftest import TINY, synthetic_lines
+from conftest import TINY, refusal, synthetic_lines
 from ulimi.corpus import open_corpus
 from ulimi.engine import choose_device, load_model
-from ulimi.errors import UlimiError
 from ulimi.recipe import load_recipe
 from ulimi.run import CHECKPOINT, WEIGHTS, open_run
 from ulimi.train import Interrupted, Silent, Trainer, train, validation_nats
@@ -149,13 +148,6 @@ def assert_same_run(one_dir, other_dir):
 
 def contents(folder: Path):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
-
-
-def refusal(call):
-    with pytest.raises(UlimiError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # Resume
