@@ -33,7 +33,7 @@ def _facts(run: Run, place: Path) -> list[tuple[str, str]]:
         ("run", str(place)),
         ("made by", f"ulimi {meta['ulimi']}" + (f" ({meta['commit']})" if meta.get("commit") else "")),
         ("created", meta["created"]),
-        ("machine", f"{meta['machine']['cpu']}, {meta['machine']['device']}, threads: {meta['machine']['threads']}"),
+        ("machine", _machine_text(meta["machine"])),
         *_model_facts(run),
         ("tokenizer", f"{run.tokenizer.kind}, {run.tokenizer.vocab_size} tokens"),
     ]
@@ -167,6 +167,11 @@ ulimi evaluate FILE -m {place}
 The text that a model was trained on decides what may be done with its {made_of}: see to it that its licence allows what
 you intend.
 {inherited}"""
+
+
+def _machine_text(machine: dict[str, Any]) -> str:
+    processes = f", processes: {machine['processes']}" if "processes" in machine else ""
+    return f"{machine['cpu']}, {machine['device']}, threads: {machine['threads']}{processes}"
 
 
 def _text(data: dict[str, Any]) -> str:

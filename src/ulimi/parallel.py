@@ -17,24 +17,33 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from ulimi.errors import UlimiError
+from ulimi.files import atomic_path
 
 PATIENCE = timedelta(hours=24)
-"""with the slowest process, which may have a teacher to read; one that has died is noticed at once"""
+"""with the slowest process, which may have a teacher to read; one that has ended is noticed with what it was to send"""
 
 SECONDS_TO_END = 5.0
 """that a failing process may need to be gone"""
+
+FAILED = "failed "
+"""a file of this name and a rank says why that process failed"""
+
+INTERFACE = "GLOO_SOCKET_IFNAME"
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}
+"""what gloo is to talk through; elsewhere it finds out for itself"""
 
 
 class Group:
@@ -106,76 +115,104 @@ def started(size: int, work: Callable[..., None], *arguments: Any) -> Iterator[G
     `if __name__ == "__main__"` would start again there. They have as many threads each as this one.
 
     Raises:
-        UlimiError: one of them was killed.
+        UlimiError: one of them was killed, or ended without a word; or this program has such a group already.
+        RuntimeError: one of them failed; the text is its traceback.
     """
-    with tempfile.TemporaryDirectory(prefix="ulimi-") as scratch:
-        store_path = str(Path(scratch) / "store")
-        with _signals_ignored():
-            helpers = start_processes(
-                _help, (size, store_path, torch.get_num_threads(), work, arguments), nprocs=size - 1, join=False,
-                daemon=True, start_method="spawn",
-            )  # type: ignore[no-untyped-call]  # fmt: skip
-        assert helpers is not None
+    if dist.is_initialized():
+        raise UlimiError("processes: this program has a process group of its own already; allowed: 1")
+    spawn = multiprocessing.get_context("spawn")
+    helpers: list[SpawnProcess] = []
+    with tempfile.TemporaryDirectory(prefix="ulimi-") as folder:
         try:
-            _join(0, size, store_path, helpers)
+            with _signals_ignored():
+                for rank in range(1, size):
+                    place = (rank, size, folder, torch.get_num_threads())
+                    helpers.append(spawn.Process(target=_help, args=(*place, work, arguments), daemon=True))
+                    helpers[-1].start()
+            _join(0, size, folder, helpers)
             yield Group(0, size)
-        except (RuntimeError, ProcessException) as error:
-            raise _explained(error, helpers) from None
+        except RuntimeError as error:
+            raise _explained(error, helpers, Path(folder)) from None
         finally:
-            for process in helpers.processes:
-                process.kill()
-                process.join()
+            for helper in helpers:
+                if helper.pid is not None:  # one that could not be started has none
+                    helper.kill()
+                    helper.join()
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
 def _help(
-    index: int, size: int, store_path: str, threads: int, work: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int, size: int, folder: str, threads: int, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     """Be one of the further processes."""
-    torch.set_num_threads(threads)
-    _join(index + 1, size, store_path, None)
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
     try:
-        work(Group(index + 1, size), *arguments)
-    except RuntimeError:
-        parent = multiprocessing.parent_process()
-        if parent is not None and parent.is_alive():
-            raise
-    finally:
+        torch.set_num_threads(threads)
+        _join(rank, size, folder, [])
+        work(Group(rank, size), *arguments)
         dist.destroy_process_group()
+    except Exception:
+        with atomic_path(Path(folder) / f"{FAILED}{rank}") as unfinished:
+            unfinished.write_text(traceback.format_exc(), encoding="utf-8")
+        os._exit(1)
 
 
-def _join(rank: int, size: int, store_path: str, helpers: ProcessContext | None) -> None:
+def _end_with_the_first() -> None:
+    """Leave no process behind whose first one was killed; whatever it does at the moment, and whatever it ignores."""
+    first = multiprocessing.parent_process()
+    assert first is not None
+    multiprocessing.connection.wait([first.sentinel])
+    os._exit(1)
+
+
+def _join(rank: int, size: int, folder: str, helpers: list[SpawnProcess]) -> None:
     """Become a member of the group when all are there."""
-    # What a machine's own name leads to is no matter of a training's that never leaves it.
-    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
-    if loopback is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    store = dist.FileStore(store_path, size)  # type: ignore[attr-defined]
+    store = dist.FileStore(str(Path(folder) / "store"), size)  # type: ignore[attr-defined]
     store.set(f"there {rank}", "")
-    # One that dies before it is there would be waited for in vain.
-    while helpers is not None and not store.check([f"there {other}" for other in range(size)]):
-        helpers.join(timeout=0.1, grace_period=0.1)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
-
-
-def _explained(error: Exception, helpers: ProcessContext) -> Exception:
-    """Say why a process has ended, if one has: of that the others hear only that it has hung up."""
-    ending = multiprocessing.connection.wait([process.sentinel for process in helpers.processes], SECONDS_TO_END)
-    for process in helpers.processes:
-        if process.sentinel in ending:
-            process.join()  # before that it may have no exit code
-    exit_codes = [process.exitcode or 0 for process in helpers.processes]
-    if min(exit_codes) < 0:
-        return UlimiError(
-            f"a process of the training was ended by {signal.Signals(-min(exit_codes)).name}, perhaps for want of "
-            "memory; what was saved before is intact: --resume goes on from there, and fewer --processes need less"
-        )
+    # One that ends before it is there would be waited for in vain.
+    while helpers and not store.check([f"there {other}" for other in range(size)]):
+        if ended := _ended(helpers, seconds=0.1):
+            error = UlimiError(
+                f"a process of the training ended with status {ended[0].exitcode} before it began; a program that "
+                'trains with several does so inside of `if __name__ == "__main__":`'
+            )
+            raise _explained(error, helpers, Path(folder))
+    # What a machine's own name leads to, or a variable of its user, is no matter of a training's that never leaves it.
+    before = os.environ.get(INTERFACE)
+    if sys.platform in LOOPBACK:
+        os.environ[INTERFACE] = LOOPBACK[sys.platform]
     try:
-        helpers.join(timeout=0)
-    except ProcessException as of_helper:
-        error = of_helper
-    return error if isinstance(error, RuntimeError) else RuntimeError(str(error))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    finally:
+        if sys.platform in LOOPBACK:
+            del os.environ[INTERFACE]
+        if before is not None:
+            os.environ[INTERFACE] = before
+
+
+def _ended(helpers: list[SpawnProcess], seconds: float) -> list[SpawnProcess]:
+    """Give the processes that have ended, as soon as there is one, or none after some seconds."""
+    ready = multiprocessing.connection.wait([helper.sentinel for helper in helpers if helper.pid is not None], seconds)
+    ended = [helper for helper in helpers if helper.pid is not None and helper.sentinel in ready]
+    for helper in ended:
+        helper.join()  # before that it may have no exit code
+    return ended
+
+
+def _explained(error: Exception, helpers: list[SpawnProcess], folder: Path) -> Exception:
+    """Say why a process has ended, if one has: of that the others hear only that it has hung up."""
+    lowest = min((helper.exitcode or 0 for helper in _ended(helpers, SECONDS_TO_END)), default=0)
+    if lowest < 0:
+        return UlimiError(
+            f"a process of the training was ended by {signal.Signals(-lowest).name}, perhaps for want of memory; "
+            "what was saved before is intact: --resume goes on from there, and fewer --processes need less"
+        )
+    # Those that only heard of it failed later.
+    failures = sorted(folder.glob(f"{FAILED}*"), key=lambda path: path.stat().st_mtime_ns)
+    if failures:
+        return RuntimeError(f"a process of the training failed:\n{failures[0].read_text(encoding='utf-8')}")
+    return error  # it is this process's own
 
 
 @contextmanager

@@ -321,6 +321,9 @@ class Trainer:
                 self.precision = choose_precision(old.meta.get("machine", {}).get("precision", "auto"), self.device)
             if rank == 0:
                 write_text(run_dir / "recipe.toml", recipe.to_toml())
+                before = old.meta.get("machine", {}).get("processes", 1)
+                if processes != before and not self.finished():
+                    reporter.note(f"begun with --processes {before}; {processes} will draw other dropout masks")
             if rank == 0 and not self.finished():
                 # A finished run that goes on is no longer what its scores say.
                 for key in ("training", "scores", "onnx"):
@@ -346,6 +349,7 @@ class Trainer:
         rows = group.rows(len(self.streams_BS))
         self.streams_BS = self.streams_BS[rows]
         self.state = [(h[:, rows].contiguous(), c[:, rows].contiguous()) for h, c in self.state]
+        group.total(torch.zeros(1))  # whoever is ready waits here, where no clock runs
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -725,8 +729,10 @@ def check_processes(processes: int, recipe: Recipe, device: torch.device) -> Non
     """Refuse a number of processes that cannot share a training.
 
     Raises:
-        UlimiError: the streams do not divide by it, or it is for a GPU.
+        UlimiError: there are none, the streams do not divide by it, or it is for a GPU.
     """
+    if processes < 1:
+        raise UlimiError(f"--processes {processes}: allowed: 1 or more")
     if processes > 1 and device.type != "cpu":
         raise UlimiError(f"--processes {processes}: on {device.type} one process is all that is allowed")
     batch_size = recipe.data.batch_size
@@ -858,7 +864,7 @@ def validation_nats(
     state: State | None = None
     try:
         with torch.inference_mode():
-            for start in range(0, inputs_BN.shape[1] if len(inputs_BN) else 0, EVALUATION_WINDOW):
+            for start in range(0, inputs_BN.shape[1], EVALUATION_WINDOW):
                 window = slice(start, start + EVALUATION_WINDOW)
                 out = model(torch.from_numpy(inputs_BN[:, window]).to(device), state)
                 targets = torch.from_numpy(targets_BN[:, window].copy()).to(device).flatten()
