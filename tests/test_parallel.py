@@ -348,7 +348,7 @@ def test_a_number_that_does_not_share_the_streams_is_refused(tmp_path, corpus, p
 
 def test_a_gpu_is_for_one_process(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr("ulimi.train.choose_device", lambda name: torch.device("cuda"))
-    assert "on cuda one process" in refusal(lambda: train(corpus, tmp_path / "run", tiny(), processes=2))
+    assert "allowed on cuda: 1" in refusal(lambda: train(corpus, tmp_path / "run", tiny(), processes=2))
     assert not (tmp_path / "run").exists()
 
 

@@ -734,7 +734,7 @@ def check_processes(processes: int, recipe: Recipe, device: torch.device) -> Non
     if processes < 1:
         raise UlimiError(f"--processes {processes}: allowed: 1 or more")
     if processes > 1 and device.type != "cpu":
-        raise UlimiError(f"--processes {processes}: on {device.type} one process is all that is allowed")
+        raise UlimiError(f"--processes {processes}: allowed on {device.type}: 1; several are for --device cpu")
     batch_size = recipe.data.batch_size
     if batch_size % processes:
         allowed = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
