@@ -483,7 +483,7 @@ def script_validation(monkeypatch, script):
     """Let validation find these losses, in nats per token, and note the weights that it is given."""
     seen = []
 
-    def validate(model, ids, batch_size, eos_id, alpha):
+    def validate(model, ids, batch_size, eos_id, **options):
         seen.append(weights_of(model))
         return script[len(seen) - 1] * len(ids)
 

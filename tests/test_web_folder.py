@@ -275,6 +275,10 @@ PROBE = """
   told.words = [...$("scores").querySelectorAll("tbody span")].map(({ textContent }) => textContent);
   $("scores").querySelector("tbody span").click();
   told.figure = $("figure").textContent;
+  const [first, second] = $("scores").querySelectorAll("tbody span");
+  first.focus();
+  first.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+  told.next = [page.activeElement === second, first.tabIndex, second.tabIndex, $("figure").textContent];
   $("temperature").value = -1;
   $("write").click();
   await until(() => $("error").textContent);
@@ -370,6 +374,10 @@ def test_the_page_in_a_browser(libraries, tmp_path):
     assert told["line"] == "".join(told["words"]) == told["taken"].rstrip()
     assert [word.strip() for word in told["words"]] == told["taken"].split()
     assert re.fullmatch(r"Ngiyabonga: 0\.\d+\.", told["figure"])
+    is_there, *indices, figure = told["next"]
+    assert is_there
+    assert indices == [-1, 0]
+    assert re.fullmatch(r"kakhulu: 0\.\d+\.", figure)
     assert told["error"] == "temperature is -1; allowed: 0 (the most probable token) or more"
 
 
