@@ -68,7 +68,7 @@ def talk(group, _):
     return heard
 
 
-def test_three_processes_hear_one_another():
+def test_three_processes_hear_one_another(capfd):
     with started(3, talk, None) as group:
         assert group.size == 3
         heard = talk(group, None)
@@ -86,6 +86,7 @@ def test_three_processes_hear_one_another():
     # Ctrl-C goes to all processes of a terminal, a batch system's SIGTERM to all of a job: the first one decides.
     assert [ignores.tolist() for ignores in heard["ignores"][1:]] == [[True, True], [True, True]]
     assert [rows.tolist() for rows in heard["rows"]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert capfd.readouterr() == ("", "")
     assert not active_children()
 
 
