@@ -373,6 +373,14 @@ def ended(group):
     return False
 
 
+def wait_for_an_epoch(process, run_dir):
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").is_file():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+
+
 def command(corpus_dir, out, *more):
     code = (
         "import ulimi.train\nulimi.train.CHECK_EVERY = 1\nfrom ulimi.cli import main\nif __name__ == '__main__': main()"
@@ -389,11 +397,7 @@ def test_a_signal_to_all_of_them_stops_with_a_checkpoint_and_says_how_to_go_on(t
         command(corpus_dir, out, *TINY, "optim.max_epochs=500"), stderr=subprocess.PIPE, text=True,
         process_group=0,
     ) as process:  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").is_file():
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
+        wait_for_an_epoch(process, out)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -410,11 +414,7 @@ def test_a_killed_process_is_told_in_one_line_and_the_run_goes_on(tmp_path, corp
     with subprocess.Popen(
         command(corpus_dir, out, *TINY, "optim.max_epochs=500"), stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").is_file():
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
+        wait_for_an_epoch(process, out)
         pids = (int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
         (helper,) = (pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(helper, signal.SIGKILL)

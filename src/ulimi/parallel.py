@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.context import SpawnProcess
@@ -64,7 +64,7 @@ class Group:
         share = num_rows // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+    def average_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
         """Put the mean over all processes in the place of each gradient; give that of a loss, too.
 
         Args:
@@ -127,17 +127,17 @@ def started(size: int, work: Callable[..., None], *arguments: Any) -> Iterator[G
             with _signals_ignored():
                 for rank in range(1, size):
                     place = (rank, size, folder, torch.get_num_threads())
-                    helpers.append(spawn.Process(target=_help, args=(*place, work, arguments), daemon=True))
-                    helpers[-1].start()
+                    helper = spawn.Process(target=_help, args=(*place, work, arguments), daemon=True)
+                    helper.start()
+                    helpers.append(helper)
             _join(0, size, folder, helpers)
             yield Group(0, size)
         except RuntimeError as error:
             raise _explained(error, helpers, Path(folder)) from None
         finally:
             for helper in helpers:
-                if helper.pid is not None:  # one that could not be started has none
-                    helper.kill()
-                    helper.join()
+                helper.kill()
+                helper.join()
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -186,16 +186,15 @@ def _join(rank: int, size: int, folder: str, helpers: list[SpawnProcess]) -> Non
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     finally:
-        if sys.platform in LOOPBACK:
-            del os.environ[INTERFACE]
+        os.environ.pop(INTERFACE, None)
         if before is not None:
             os.environ[INTERFACE] = before
 
 
 def _ended(helpers: list[SpawnProcess], seconds: float) -> list[SpawnProcess]:
     """Give the processes that have ended, as soon as there is one, or none after some seconds."""
-    ready = multiprocessing.connection.wait([helper.sentinel for helper in helpers if helper.pid is not None], seconds)
-    ended = [helper for helper in helpers if helper.pid is not None and helper.sentinel in ready]
+    ready = multiprocessing.connection.wait([helper.sentinel for helper in helpers], seconds)
+    ended = [helper for helper in helpers if helper.sentinel in ready]
     for helper in ended:
         helper.join()  # before that it may have no exit code
     return ended

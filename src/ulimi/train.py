@@ -183,12 +183,14 @@ def train(
         if processes == 1 or trainer.finished():
             return trainer.run(checkpoint_minutes, tensorboard, should_stop)
         teacher_dir = None if teacher is None else teacher.dir
-        with started(processes, _help, corpus, run_dir, recipe, teacher_dir, trainer.precision, cache_dir) as group:
+        with started(
+            processes, _train_a_share, corpus, run_dir, recipe, teacher_dir, trainer.precision, cache_dir
+        ) as group:
             trainer.join(group)
             return trainer.run(checkpoint_minutes, tensorboard, should_stop)
 
 
-def _help(
+def _train_a_share(
     group: Group,
     corpus: Corpus,
     run_dir: Path,
@@ -310,7 +312,7 @@ class Trainer:
             self.take_gradients = self._graphed_step()
         self.progress = Progress(data_digest=self._data_digest(), device=self.device.type)
         self.best: dict[str, Tensor] | None = None
-        """best weights that are not written yet"""
+        """best weights that are not written yet; the first process keeps them"""
         self.saved = time.perf_counter()
         self.meta = old.meta if old is not None else self._new_meta(corpus, init_from, processes)
         if teacher is not None:
@@ -494,7 +496,7 @@ class Trainer:
         # Backward products keep the types of the forward ones, but whether fp32 means TF32 is asked again.
         with product_precision(self.device, "tf32" if self.precision == "tf32" else "fp32"):
             (token_loss + ar + tar).backward()  # type: ignore[no-untyped-call]
-        mean_loss = self.group.average_gradients(list(model.parameters()), token_loss.detach())
+        mean_loss = self.group.average_gradients(model.parameters(), token_loss.detach())
         nn.utils.clip_grad_norm_(model.parameters(), self.recipe.optim.max_grad_norm)
         return mean_loss, detach_state(out.state)
 
@@ -557,8 +559,9 @@ class Trainer:
         self._check_finite(valid, "validation loss", self.recipe.optim.lr)
         if valid < p.best:
             p.best, p.best_epoch = valid, p.epoch + 1
-            # A tied decoder matrix is one parameter, and is kept once.
-            self.best = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            if self.rank == 0:
+                # A tied decoder matrix is one parameter, and is kept once.
+                self.best = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         return valid
 
     def _finish(self) -> dict[str, Any]:
@@ -651,7 +654,6 @@ class Trainer:
         states = [[self.group.gather(part) for part in layer] for layer in self.state]
         rng_states = self.group.gather(self.rng.get_state())
         if self.rank:
-            self.best, self.saved = None, time.perf_counter()
             return
         if self.best is not None:
             write_tensors(self.best, self.run_dir / WEIGHTS, {"format": "pt"})
