@@ -23,6 +23,9 @@ from ulimi.distribution import EPSILON, ITERATIONS
 LOGITS_AT_ONCE = 2**21
 """of a cross entropy: so many stay in a cache"""
 
+PARTS = 4
+"""of the decoder's gradient, one after another"""
+
 ROWS_AT_ONCE = 64
 """their logits stay in the cache from one pass of Newton's method to the next"""
 
@@ -151,7 +154,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden_NE is not None:
                 grad_hidden_NE[rows] = product(grad_MV, weight_VE)
             if grad_weight_VE is not None:
-                grad_weight_VE += product(grad_MV.t(), rounded_NE[rows])
+                # In parts: the gradient has to be transposed.
+                for part_VE, grad_MP in zip(grad_weight_VE.chunk(PARTS), grad_MV.chunk(PARTS, dim=1), strict=True):
+                    part_VE += product(grad_MP.t(), rounded_NE[rows])
             if grad_bias_V is not None:
                 grad_bias_V += grad_MV.sum(dim=0)
         ctx.save_for_backward(grad_hidden_NE, grad_weight_VE, grad_bias_V)
