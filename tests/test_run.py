@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 
 import ulimi
 from conftest import refusal
+from ulimi import provenance
 from ulimi.files import atomic_path, write_json, write_text
 from ulimi.info import BARS, curve, model_card, score_text, summary
 from ulimi.plot import plot_curve
@@ -472,3 +473,16 @@ def test_info_says_that_a_model_is_sparse(run_dir):
     assert dict(summary(open_run(run_dir)))["network"].endswith(", output 1.5-entmax")
     write_json(run_dir / "config.json", {**config, "entmax_alpha": 3})
     assert "entmax_alpha is 3; allowed: 1 (softmax) to 2" in refusal(lambda: open_run(run_dir).alpha)
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (["cpu family\t: 25", "model\t\t: 17", "model name\t: AMD EPYC"] * 2, "AMD EPYC (family 25, model 17)"),
+        (["model\t\t: 17", "cpu family\t: 25", "model name\t: A: B", "model\t\t: 9"], "A: B (family 25, model 17)"),
+        (["model name\t: ARMv7 Processor rev 4 (v7l)", "Hardware\t: BCM2835"], "ARMv7 Processor rev 4 (v7l)"),
+        (["processor\t: 0", "BogoMIPS\t: 100.00", "flags"], None),
+    ],
+)
+def test_a_processor_is_named_with_its_numbers(lines, name):
+    assert provenance._processor(lines) == name

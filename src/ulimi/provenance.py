@@ -6,6 +6,7 @@ Light floor: an n-gram model is made without PyTorch.
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +49,7 @@ def describe_machine(threads: int = 1, device: str = "cpu") -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+        cpu = _processor(lines) or cpu
     except OSError:
         pass
     return {
@@ -59,6 +60,15 @@ def describe_machine(threads: int = 1, device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.system(),  # no more of it: a kernel's name may be that of somebody's cluster
     }
+
+
+def _processor(lines: Sequence[str]) -> str | None:
+    """The first processor of /proc/cpuinfo, with its numbers: on a rented machine the name may be that of its maker."""
+    pairs = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
+    first = {key: value for key, value in reversed(pairs) if key in ("model name", "cpu family", "model")}
+    if "model name" in first and len(first) == 3:
+        return f"{first['model name']} (family {first['cpu family']}, model {first['model']})"
+    return first.get("model name")
 
 
 def _commit() -> str | None:
