@@ -13,7 +13,15 @@ from ulimi.recipe import load_recipe, recipe_names
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-COMMANDS = re.findall(r"^(?:\$ )?ulimi ([^#|\n]+)", "\n".join(re.findall(r"```\n(.*?)```", README, re.S)), re.M)
+GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("training", "judging", "serving")]
+
+
+def commands(text: str) -> list[str]:
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", text, re.S))
+    return re.findall(r"^(?:\$ )?ulimi ([^#|>\n]+)", blocks, re.M)
+
+
+COMMANDS = commands(README)
 
 
 def help_of(command: str, monkeypatch, capsys) -> str:
@@ -24,8 +32,8 @@ def help_of(command: str, monkeypatch, capsys) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_the_readmes_commands_and_options_exist(line, monkeypatch, capsys):
+@pytest.mark.parametrize("line", COMMANDS + [line for guide in GUIDES for line in commands(guide.read_text("utf-8"))])
+def test_the_commands_and_options_of_readme_and_guides_exist(line, monkeypatch, capsys):
     command, *words = line.split()
     text = help_of(f"corpus {words[0]}" if command == "corpus" else command, monkeypatch, capsys)
     for option in (word for word in words if re.match(r"--?[a-z]", word)):
