@@ -118,10 +118,13 @@ def gpu_step(result: Result) -> str:
 
 TABLES: dict[str, Callable[[Result], str]] = {
     "generation": generation,
+    "generation_zen4": generation,
     "scoring": scoring,
     "install": install,
     "train_step": train_step,
     "train_step_2": train_step,
+    "train_step_zen4": train_step,
+    "train_step_zen4_2": train_step,
     "gpu_step": gpu_step,
 }
 
