@@ -39,9 +39,9 @@ from torch import Tensor, nn
 
 from ulimi import cpu
 from ulimi.cuda import product_precision
-from ulimi.loss import training_loss
+from ulimi.loss import regularisation, training_loss
 from ulimi.model import AWDLSTM, detach_state
-from ulimi.train import describe_device, regularisation
+from ulimi.start import describe_device
 
 T = 70
 ALPHA, BETA, MAX_NORM, LR = 2.0, 1.0, 0.25, 1.0

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import ulimi.start
 import ulimi.train
 from ulimi import cli
 from ulimi.corpus import open_corpus
@@ -23,7 +24,7 @@ torch.set_num_threads(1)
 # The epochs of tests are shorter than any wait, and each is to be found in its checkpoint.
 ulimi.train.SECONDS_BETWEEN_SAVES = 0.0
 # Whatever the machine, so that what is compared is computed alike.
-ulimi.train.has_bfloat16 = lambda: False
+ulimi.start.has_bfloat16 = lambda: False
 
 WORDS = (
     "abantu", "abantwana", "umfundi", "uthisha", "izingane", "inja", "ikati", "umlimi", "amanzi", "ukudla", "incwadi",

@@ -16,7 +16,8 @@ from ulimi.errors import UlimiError
 from ulimi.model import AWDLSTM
 from ulimi.recipe import load_recipe
 from ulimi.run import open_run
-from ulimi.train import Interrupted, Silent, Trainer, choose_precision, train
+from ulimi.start import choose_precision
+from ulimi.train import Interrupted, Silent, Trainer, train
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -25,7 +26,7 @@ def test_what_a_device_cannot_compute_in_is_refused(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose_precision("auto", cpu) == "fp32"
-    monkeypatch.setattr("ulimi.train.has_bfloat16", lambda: True)
+    monkeypatch.setattr("ulimi.start.has_bfloat16", lambda: True)
     assert choose_precision("auto", cpu) == "bf16"
     assert choose_precision("auto", cuda) == choose_precision("bf16", cuda) == choose_precision("bf16", cpu) == "bf16"
     with pytest.raises(UlimiError, match=r"--precision tf32: allowed on cpu: auto, fp32, bf16$"):

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from ulimi import model as ulimi_model
+from ulimi.loss import regularisation
 from ulimi.model import AWDLSTM, detach_state
-from ulimi.train import regularisation
 
 V, E, H, L, B, T = 29, 6, 10, 3, 4, 7
 PAD = 1

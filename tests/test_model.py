@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import reference
+from ulimi.loss import regularisation
 from ulimi.model import AWDLSTM, WeightDropLSTM, detach_state, dropout_mask, embedding_dropout, locked_dropout
-from ulimi.train import regularisation
 
 V, E, H, B, T = 11, 4, 6, 3, 7
 ALPHA, BETA = 2.0, 1.0

@@ -20,7 +20,8 @@ from ulimi.model import AWDLSTM
 from ulimi.mogrifier_graph import build_mogrifier_graph
 from ulimi.recipe import load_recipe
 from ulimi.run import open_run
-from ulimi.train import adopt_weights, train
+from ulimi.start import adopt_weights
+from ulimi.train import train
 
 MOGRIFIED = ["model.mogrifier_rounds=3", "model.mogrifier_rank=5"]
 TINY = [

@@ -290,7 +290,7 @@ def test_a_resumed_run_goes_on_in_its_precision(tmp_path, corpus):
 
 def test_a_processor_that_knows_bfloat16_takes_it_by_itself(tmp_path, corpus, monkeypatch):
     train(corpus, tmp_path / "named", tiny(), precision="bf16")
-    monkeypatch.setattr("ulimi.train.has_bfloat16", lambda: True)
+    monkeypatch.setattr("ulimi.start.has_bfloat16", lambda: True)
     train(corpus, tmp_path / "auto", tiny())
     assert_same_run(tmp_path / "named", tmp_path / "auto")
     assert open_run(tmp_path / "auto").meta["machine"]["precision"] == "bf16"

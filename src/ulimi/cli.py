@@ -182,7 +182,8 @@ def train(
     from ulimi.progress import TrainingProgress
     from ulimi.recipe import OF_TOKENIZER, OF_WEIGHTS, build_recipe, kept_settings, load_recipe
     from ulimi.run import open_run
-    from ulimi.train import Interrupted, check_processes, claim_folder, find_teacher
+    from ulimi.start import check_processes, claim_folder, find_teacher
+    from ulimi.train import Interrupted
     from ulimi.train import train as run_training
 
     if tensorboard and find_spec("tensorboard") is None:

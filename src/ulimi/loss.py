@@ -1,4 +1,4 @@
-"""What training minimises: cross entropy, or the alpha-entmax loss of sparse models.
+"""What training minimises: cross entropy, or the alpha-entmax loss of sparse models, with AR and TAR.
 
 The entmax loss is a Fenchel-Young loss (Blondel et al. 2020; Peters, Niculae & Martins 2019): its gradient is
 p - target, as that of the cross entropy, with entmax in the place of softmax. The `entmax` package of its authors sorts
@@ -69,6 +69,20 @@ def training_loss(
         logits_NV = logits_NV.float()  # a threshold wants more digits
     loss = _EntmaxLoss.apply(logits_NV, targets_N, alpha)  # type: ignore[no-untyped-call]
     return loss
+
+
+def regularisation(raw_BTE: Tensor, dropped_BTE: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """Activation and temporal activation regularisation, AR and TAR (sec. 4.6).
+
+    The paper writes a norm; every implementation, and so every published figure, takes the mean square.
+
+    Args:
+        raw_BTE: last layer's output before dropout, (B, T, E), T >= 2: TAR is about its steps.
+        dropped_BTE: the same after dropout: AR is about its size.
+        alpha: weight of AR.
+        beta: weight of TAR.
+    """
+    return alpha * dropped_BTE.pow(2).mean(), beta * raw_BTE.diff(dim=1).pow(2).mean()
 
 
 def target_nats(logits_NV: Tensor, targets_N: Tensor, alpha: float) -> Tensor:
