@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from test_distribution import bisected
 from test_generate import GREEDY, make_engine, softmax
-from ulimi.distribution import log_probs
+from ulimi.distribution import Softmax, log_probs
 from ulimi.errors import UlimiError
 from ulimi.sampling import (
     NoRepeatNgram,
@@ -19,6 +19,8 @@ from ulimi.sampling import (
     Sampling,
     apply_rules,
     best_ids,
+    checked_logits,
+    draw,
     filter_logits,
     sample,
 )
@@ -386,6 +388,29 @@ def test_a_row_makes_one_draw_and_greedy_makes_none():
         for rng, other in zip(rngs, others, strict=True):
             other.random(num_draws)
             assert rng.random() == other.random()
+
+
+@given(logits_batches(), st.one_of(SAMPLINGS, ONE_FILTER, st.just(Sampling())))
+def test_who_has_the_softmax_already_draws_the_same_and_keeps_it(logits_BV, sampling):
+    for logits_V in checked_logits(logits_BV):
+        softmax = Softmax(logits_V)
+        kept = softmax.shifted_V.copy(), softmax.mass_V.copy()
+        ids = [draw(logits_V, sampling, np.random.default_rng(seed), softmax) for seed in range(3)]
+        assert ids == [draw(logits_V, sampling, np.random.default_rng(seed)) for seed in range(3)]
+        np.testing.assert_array_equal(kept, (softmax.shifted_V, softmax.mass_V))
+
+
+@pytest.mark.parametrize("size", [2, 5, 900])
+def test_the_nucleus_ends_among_equals_with_the_lowest_ids(size):
+    logits = np.zeros((1, 1000))
+    logits[0, ::2] = 1.0  # 500 of them, together e / (e + 1) of all
+    share = size / 500 * math.e / (math.e + 1) if size < 500 else 0.95
+    kept = np.flatnonzero(np.isfinite(filter_logits(logits, Sampling(top_p=share - 1e-9))[0]))
+    if size < 500:
+        assert kept.tolist() == list(range(0, 2 * size, 2))
+    else:
+        rest = math.ceil((share - 1e-9 - math.e / (math.e + 1)) * (math.e + 1) * 500)
+        assert kept.tolist() == sorted([*range(0, 1000, 2), *range(1, 2 * rest, 2)])
 
 
 def test_a_removed_token_never_comes_out_even_at_the_ends_of_the_draw():

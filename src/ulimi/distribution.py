@@ -36,13 +36,22 @@ def log_probs(logits_BV: ArrayLike, alpha: float = 1.0) -> NDArray[np.float64]:
     return np.stack(rows).reshape(x_BV.shape)
 
 
-def log_prob(logits_V: NDArray[np.float64], id: int, alpha: float = 1.0) -> float:
-    """Give one token's log-probability, as `log_probs` does, in half the time."""
-    if alpha != 1:
-        return float(log_probs(logits_V[None], alpha)[0, id])
-    top = logits_V.max()
-    with np.errstate(over="ignore"):
-        return float(logits_V[id] - top - np.log(np.exp(logits_V - top).sum()))
+class Softmax:
+    """The softmax of one row of logits, (V,): what a draw from it and its result's log-probability both need.
+
+    Args:
+        logits_V: float64, as `log_probs` takes them.
+    """
+
+    def __init__(self, logits_V: NDArray[np.float64]) -> None:
+        with np.errstate(over="ignore"):  # further away than a float64 reaches is -inf, which is right
+            self.shifted_V: NDArray[np.float64] = logits_V - logits_V.max()
+        self.mass_V: NDArray[np.float64] = np.exp(self.shifted_V)
+        self.total: np.float64 = self.mass_V.sum()
+
+    def log_prob(self, id: int) -> float:
+        """Give one token's log-probability, as `log_probs` does."""
+        return float(self.shifted_V[id] - np.log(self.total))
 
 
 def _log_entmax(scaled_V: NDArray[np.float64], power: float) -> NDArray[np.float64]:

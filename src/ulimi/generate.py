@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ulimi.distribution import log_prob, log_probs
+from ulimi.distribution import Softmax, log_probs
 from ulimi.errors import UlimiError
 from ulimi.sampling import Rule, Sampling, apply_rules, best_ids, checked_logits, draw, sample
 
@@ -208,12 +208,14 @@ def _generate(
         logprobs: list[float] = []
         for place, row in enumerate(live):
             logits_1V = checked_logits(logits_BV[place : place + 1])
-            ruled_1V = logits_1V
+            softmax = Softmax(logits_1V[0]) if engine.alpha == 1 else None
             if rules := rules_of(row):
                 ruled_1V = apply_rules(logits_1V, rules, [[*prompt, *texts[row]]])
-            token = draw(ruled_1V[0], sampling, rngs[row])
+                token = draw(ruled_1V[0], sampling, rngs[row])
+            else:
+                token = draw(logits_1V[0], sampling, rngs[row], softmax)
             ids_B[place] = token
-            logprobs.append(log_prob(logits_1V[0], token, engine.alpha))
+            logprobs.append(softmax.log_prob(token) if softmax else float(log_probs(logits_1V, engine.alpha)[0, token]))
 
         places: list[int] = []  # in the batch, of the rows that go on
         for place, (row, token) in enumerate(zip(live, ids_B.tolist(), strict=True)):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ulimi.distribution import log_probs
+from ulimi.distribution import Softmax, log_probs
 from ulimi.errors import UlimiError
 
 BLOCK = 64
@@ -62,6 +62,9 @@ class Sampling:
             raise UlimiError(f"min_p must be at least 0 (off) and at most 1; got {self.min_p!r}")
         if not 0 < self.typical <= 1:
             raise UlimiError(f"typical must be above 0 and at most 1 (off); got {self.typical!r}")
+
+
+UNFILTERED = Sampling()
 
 
 class RepetitionPenalty:
@@ -140,15 +143,17 @@ def sample(logits_BV: ArrayLike, sampling: Sampling, rngs: Sequence[np.random.Ge
     return np.array([draw(x_V, sampling, rng) for x_V, rng in zip(x_BV, rngs, strict=True)], dtype=np.int64)
 
 
-def draw(x_V: NDArray[np.float64], sampling: Sampling, rng: np.random.Generator) -> int:
+def draw(x_V: NDArray[np.float64], sampling: Sampling, rng: np.random.Generator, softmax: Softmax | None = None) -> int:
     """Choose an id from one row of `checked_logits`, (V,), after steps 2 to 6 of the module's order.
 
     It makes exactly one uniform draw, or none when greedy, so that a row's text does not depend on the batch that it
-    is in.
+    is in. Who has the row's softmax spares it the same work.
     """
     if sampling.temperature == 0:
         return int(x_V.argmax())
-    ids_K, kept_K = _candidates(x_V, sampling)
+    if sampling == UNFILTERED:
+        return _place_of((softmax or Softmax(x_V)).mass_V, rng.random())
+    ids_K, kept_K = _candidates(x_V, sampling, softmax)
     return int(ids_K[_place_of(np.exp(kept_K), rng.random())])
 
 
@@ -238,18 +243,20 @@ def _shifted(x_BV: NDArray[np.float64]) -> NDArray[np.float64]:
     return shifted_BV
 
 
-def _candidates(x_V: NDArray[np.float64], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _candidates(
+    x_V: NDArray[np.float64], sampling: Sampling, softmax: Softmax | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Give the ids that may come, (K,), in their order, and their logits, of which the largest is 0.
 
     Row by row: what is kept has another length in each, and a row of the size of a cache is quicker than all at once.
     """
     if sampling.temperature == 0:
         return np.array([x_V.argmax()]), np.zeros(1)
-    kept_K = _shifted(x_V)
+    kept_K = _shifted(x_V) if softmax is None else softmax.shifted_V
     if sampling.temperature != 1:
         # After the shift, a tiny temperature sends all but the best tokens to -inf and never overflows upwards.
         with np.errstate(over="ignore"):
-            kept_K /= sampling.temperature
+            kept_K = kept_K / sampling.temperature
     if sampling.alpha != 1:
         kept_K = _shifted(log_probs(kept_K[None], sampling.alpha)[0])
     # The filters keep the order; ranking what the model gave, rather than its quotients, rounds nothing into ties.
@@ -258,7 +265,8 @@ def _candidates(x_V: NDArray[np.float64], sampling: Sampling) -> tuple[NDArray[n
         best_K = _among_best(x_K[None], sampling.top_k)[0]
         ids_K, x_K, kept_K = ids_K[best_K], x_K[best_K], kept_K[best_K]
     if sampling.top_p < 1:
-        places = _nucleus(x_K, np.exp(kept_K), sampling.top_p)
+        mass_K = softmax.mass_V if softmax is not None and kept_K is softmax.shifted_V else np.exp(kept_K)
+        places = _nucleus(x_K, mass_K, sampling.top_p)
         ids_K, x_K, kept_K = ids_K[places], x_K[places], kept_K[places]
     if sampling.min_p > 0:
         near_K = kept_K >= math.log(sampling.min_p)
@@ -274,8 +282,12 @@ def _nucleus(x_K: NDArray[np.float64], mass_K: NDArray[np.float64], share: float
     total = mass_K.sum()
     # All that have no more than this hold together less than what is left out: only the others need to be ranked.
     likely = np.flatnonzero(mass_K > 0.99 * (1 - share) * total / len(mass_K))
-    num = _num_reaching(np.sort(mass_K[likely])[::-1], share * total)
-    places: NDArray[np.int64] = likely[_among_best(x_K[likely][None], min(num, len(likely)))[0]]
+    mass_L = mass_K[likely]
+    best_L = np.sort(mass_L)[::-1]
+    num = min(_num_reaching(best_L, share * total), len(likely))
+    places: NDArray[np.int64] = likely[mass_L >= best_L[num - 1]]
+    if len(places) > num:  # some are as heavy as the last that is wanted
+        places = likely[_among_best(x_K[likely][None], num)[0]]
     return places
 
 
