@@ -31,7 +31,8 @@ def machine(result: Result) -> str:
     names = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     if "gpu" in result:
         return f"{result['gpu']}; {names}."
-    cores = ("one core", "two cores")[result.get("threads", 1) - 1]
+    num = result.get("threads", 1)
+    cores = {1: "one core", 2: "two cores"}.get(num, f"{num} cores")
     return f"{result['machine']['cpu']}, {cores} of {result['machine']['cores']}; {names}."
 
 

@@ -483,6 +483,7 @@ def test_info_says_that_a_model_is_sparse(run_dir):
         (["model\t\t: 17", "cpu family\t: 25", "model name\t: A: B", "model\t\t: 9"], "A: B (family 25, model 17)"),
         (["model name\t: ARMv7 Processor rev 4 (v7l)", "Hardware\t: BCM2835"], "ARMv7 Processor rev 4 (v7l)"),
         (["processor\t: 0", "BogoMIPS\t: 100.00", "flags"], None),
+        (["model name\t:", "cpu family\t: 6", "model\t: 1"], ""),
     ],
 )
 def test_a_processor_is_named_with_its_numbers(lines, name):

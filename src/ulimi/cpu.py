@@ -69,7 +69,7 @@ def right_factor(b_KN: Tensor, rows: int, half: bool = False) -> Callable[[Tenso
     if not (_has_onednn(half) and _is_plain(b_KN)):
         return functools.partial(product, b_KN=rounded(b_KN, half))
     b_NK = transpose(b_KN) if b_KN.is_contiguous() else b_KN.t()
-    del b_KN  # often the caller's only copy, and this is where a step needs most memory
+    del b_KN  # on the way back it is the caller's only copy, and this is where a step needs most memory
     packed = torch.ops.mkldnn._reorder_linear_weight(rounded(b_NK, half), rows)
     multiply = torch.ops.mkldnn._linear_pointwise.default
     if half:

@@ -66,7 +66,7 @@ def _processor(lines: Sequence[str]) -> str | None:
     """The first processor of /proc/cpuinfo, with its numbers: on a rented machine the name may be that of its maker."""
     pairs = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
     first = {key: value for key, value in reversed(pairs) if key in ("model name", "cpu family", "model")}
-    if "model name" in first and len(first) == 3:
+    if len(first) == 3 and all(first.values()):
         return f"{first['model name']} (family {first['cpu family']}, model {first['model']})"
     return first.get("model name")
 
