@@ -1,5 +1,6 @@
 """A web page with the model in it: its JavaScript says what Python says, and the folder needs nobody else."""
 
+import gzip
 import io
 import json
 import math
@@ -38,7 +39,7 @@ from ulimi.writer import Writer, Writing
 
 FILES = {
     "README.md", "LICENSES.txt", "package.json", "index.html", "answer.js", "worker.js", "ulimi.js", "libraries.js",
-    "model/model.onnx", "model/tokenizer.json", "model/model.json",
+    "model/model.onnx.gz", "model/tokenizer.json", "model/model.json",
     *(f"lib/{name}" for _, names in LIBRARIES.values() for name in names.values()),
 }  # fmt: skip
 
@@ -323,8 +324,9 @@ def test_a_start_is_as_probable_as_among_those_that_can_be_chosen(libraries):
 
 def test_what_is_missing_is_named(tiny_run, libraries, tmp_path):
     for name, said in (
-        ("model/model.onnx", "no such file or directory"), ("model/model.json", "no such file or directory"),
+        ("model/model.onnx.gz", "no such file or directory"), ("model/model.json", "no such file or directory"),
         ("lib/tokenizers.min.js", "Cannot find module"),
+        ("lib/ort-wasm-simd-threaded.wasm.gz", "no such file or directory"),
     ):  # fmt: skip
         write_web_folder(tiny_run, tmp_path / "web", libraries=libraries)
         (tmp_path / "web" / name).unlink()
@@ -333,12 +335,24 @@ def test_what_is_missing_is_named(tiny_run, libraries, tmp_path):
         assert name in str(raised.value)
         shutil.rmtree(tmp_path / "web")
     write_web_folder(tiny_run, tmp_path / "web", libraries=libraries)
-    (tmp_path / "web" / "model" / "model.onnx").write_bytes(b"cut off")
-    with pytest.raises(AssertionError, match=r"model\.onnx cannot be used"):
-        ask(tmp_path / "web", ["score", "a"])
+    graph = tmp_path / "web" / "model" / "model.onnx.gz"
+    packed = graph.read_bytes()
+    for content, said in ((packed[:-100], "unpacked"), (b"cut off", "used"), (gzip.compress(b"cut off"), "used")):
+        graph.write_bytes(content)
+        with pytest.raises(AssertionError, match=rf"model\.onnx\.gz cannot be {said}"):
+            ask(tmp_path / "web", ["score", "a"])
     (tmp_path / "web" / "model" / "tokenizer.json").write_text("<html>")
     with pytest.raises(AssertionError, match=r"tokenizer\.json is no JSON"):
         ask(tmp_path / "web", ["score", "a"])
+
+
+def test_a_server_that_unpacks_what_is_packed_does_no_harm(tiny_run, libraries, tmp_path):
+    write_web_folder(tiny_run, tmp_path / "web", libraries=libraries)
+    before = ask(tmp_path / "web", ["score", "Abantwana bafunda"])
+    for name in ("model/model.onnx.gz", "lib/ort-wasm-simd-threaded.wasm.gz"):
+        path = tmp_path / "web" / name
+        path.write_bytes(gzip.decompress(path.read_bytes()))
+    assert ask(tmp_path / "web", ["score", "Abantwana bafunda"]) == before
 
 
 def test_the_page_in_a_browser(libraries, tmp_path):
@@ -394,7 +408,8 @@ def test_the_folder_holds_what_the_page_needs_and_no_more(tiny_run, stand_ins, w
     assert files_of(out) == FILES
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert told.out.startswith(f"{out}: {num_bytes / 1e6:.1f} MB; try: python3 -m http.server -d {out}")
-    assert (out / "model" / ONNX).read_bytes() == (tiny_run.dir / ONNX).read_bytes()
+    assert gzip.decompress((out / "model" / f"{ONNX}.gz").read_bytes()) == (tiny_run.dir / ONNX).read_bytes()
+    assert (out / "lib" / "ort-wasm-simd-threaded.wasm.gz").read_bytes().startswith(b"\x1f\x8b")
     assert (out / "answer.js").read_bytes() == (PAGE / "local.js").read_bytes()
     described = json.loads((out / "model" / "model.json").read_text(encoding="utf-8"))
     assert described["name"] == "tiny"
@@ -430,7 +445,7 @@ def test_nothing_is_loaded_from_another_place(tiny_run, stand_ins, tmp_path):
         )  # fmt: skip
         assert not re.search(r"https?:/|src=|importScripts|XMLHttpRequest|WebSocket|sendBeacon", code), name
         imported |= set(re.findall(r'(?:from |import\(|new URL\()"(\./.+?)"', code))
-    libraries = {f"./lib/{name}" for name in ("ort.wasm.min.js", "ort-wasm-simd-threaded.js", "tokenizers.min.js")}
+    libraries = {f"./lib/{name}" for _, names in LIBRARIES.values() for name in names.values()}
     assert imported == {"./answer.js", "./worker.js", "./ulimi.js", "./libraries.js", "./model/", *libraries}
     imported.remove("./model/")
     assert all((tmp_path / "web" / name).is_file() for name in imported)
@@ -456,6 +471,8 @@ def test_a_folder_of_node_modules_will_do(tiny_run, stand_ins, tmp_path):
     assert files_of(tmp_path / "web" / "lib") == targets
     write_web_folder(tiny_run, tmp_path / "again", libraries=tmp_path / "web" / "lib")
     assert files_of(tmp_path / "again" / "lib") == targets
+    for name in targets:  # what is packed is not packed again
+        assert (tmp_path / "again" / "lib" / name).read_bytes() == (tmp_path / "web" / "lib" / name).read_bytes()
 
 
 def fake_npm(folder: Path, script: str) -> str:
@@ -483,7 +500,8 @@ def test_npm_is_asked_for_the_packages_and_runs_none_of_them(tiny_run, tmp_path,
     assert asked == [["pack", f"{name}@{versions}", "--pack-destination"] for name, (versions, _) in LIBRARIES.items()]
     for _, names in LIBRARIES.values():
         for name, target in names.items():
-            assert (tmp_path / "web" / "lib" / target).read_text() == name
+            content = (tmp_path / "web" / "lib" / target).read_bytes()
+            assert (gzip.decompress(content) if target.endswith(".gz") else content) == name.encode()
 
 
 @pytest.mark.parametrize(

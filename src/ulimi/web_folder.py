@@ -2,15 +2,17 @@
 
     index.html  answer.js  worker.js    the page of `ulimi serve`, and what answers it here
     ulimi.js  libraries.js              the model for programs of one's own, in a browser or in Node.js
-    model/                              model.onnx, tokenizer.json, model.json; the model's cards
+    model/                              model.onnx.gz, tokenizer.json, model.json; the model's cards
     lib/                                ONNX Runtime Web and Hugging Face's tokenizers, from npm
     README.md  LICENSES.txt             what to do with it, and what may be done
     package.json                        tells Node.js that .js are modules
 
-Nothing that is typed leaves the browser, and nothing is loaded from another place. Light floor: the graph is
-that of `ulimi.export`, as it is.
+Nothing that is typed leaves the browser, and nothing is loaded from another place. What is large is packed, since not
+every web server packs what it sends; ulimi.js unpacks what comes packed. Light floor: the graph is that of
+`ulimi.export`, as it is.
 """
 
+import gzip
 import shutil
 import subprocess
 import tarfile
@@ -41,13 +43,15 @@ LIBRARIES = {
         {
             "ort.wasm.min.mjs": "ort.wasm.min.js",
             "ort-wasm-simd-threaded.mjs": "ort-wasm-simd-threaded.js",
-            "ort-wasm-simd-threaded.wasm": "ort-wasm-simd-threaded.wasm",
+            "ort-wasm-simd-threaded.wasm": "ort-wasm-simd-threaded.wasm.gz",
         },
     ),
     "@huggingface/tokenizers": ("^0.2.0", {"tokenizers.min.mjs": "tokenizers.min.js"}),
 }
 """packages of npm: versions that were tried; what of their dist/ is needed, and what it is called in lib/, since not
 every web server knows that .mjs is JavaScript"""
+
+GZIP, GZIP_BEGINS = ".gz", b"\x1f\x8b"
 
 CARDS = (CARD, SOURCE_CARD)
 
@@ -105,7 +109,8 @@ def write_web_folder(run: Run, out: Path, *, libraries: Path | None = None) -> i
 
 def _write_model(run: Run, tokenizer: Tokenizer, engine: OnnxEngine, out: Path) -> None:
     out.mkdir()
-    for name in (ONNX, "tokenizer.json", *CARDS):
+    _put((run.dir / ONNX).read_bytes(), out / f"{ONNX}{GZIP}")
+    for name in ("tokenizer.json", *CARDS):
         if (run.dir / name).is_file():
             shutil.copyfile(run.dir / name, out / name)
     write_json(out / "model.json", describe(run.title, tokenizer, engine))
@@ -128,6 +133,13 @@ def describe(name: str, tokenizer: Tokenizer, engine: OnnxEngine) -> dict[str, A
     }  # fmt: skip
 
 
+def _put(content: bytes, path: Path) -> None:
+    """Write a file, packed where its name says so and it is not yet."""
+    if path.suffix == GZIP and not content.startswith(GZIP_BEGINS):
+        content = gzip.compress(content, mtime=0)  # the same file each time
+    path.write_bytes(content)
+
+
 def _copy_libraries(source: Path, lib: Path) -> None:
     for package, (_, names) in LIBRARIES.items():
         for name, target in names.items():
@@ -138,7 +150,7 @@ def _copy_libraries(source: Path, lib: Path) -> None:
                     f"--libraries {source}: no {name}; allowed: a folder that holds it (another web folder's lib), "
                     f"or a node_modules with {package}"
                 )
-            shutil.copyfile(found, lib / target)
+            _put(found.read_bytes(), lib / target)
 
 
 def _fetch_libraries(lib: Path) -> None:
@@ -166,7 +178,7 @@ def _fetch_libraries(lib: Path) -> None:
                         file = archive.extractfile(f"package/dist/{name}")
                         if file is None:
                             raise KeyError(f"package/dist/{name} is no file")
-                        (lib / target).write_bytes(file.read())
+                        _put(file.read(), lib / target)
             except (tarfile.TarError, KeyError) as error:
                 raise _not_fetched(package, str(error.args[0]).splitlines()[0].rstrip(":")) from None
 

@@ -84,7 +84,8 @@ function scan(bytes) {
 
 /**
  * Fetch a model that `ulimi web` wrote, in a browser or in Node.js: from `base`, the address of its folder with a slash
- * at its end, or where it lies beside this file. `libraries` are { ort, Tokenizer }, by default those of libraries.js.
+ * at its end, or where it lies beside this file. `libraries` are { ort, Tokenizer }, by default those of libraries.js;
+ * with { wasm }, too, the address of ONNX Runtime's program, it is loaded from there.
  */
 export async function load(base = new URL("./model/", import.meta.url), libraries = undefined) {
   const part = (name) => new URL(name, new URL(base, globalThis.location?.href));
@@ -93,32 +94,52 @@ export async function load(base = new URL("./model/", import.meta.url), librarie
     try { return JSON.parse(new TextDecoder().decode(bytes)); } catch { throw new Error(`${part(name)} is no JSON`); }
   };
   const [config, tokenizer, graph, known] = await Promise.all([
-    json("model.json"), json("tokenizer.json"), fetched(part("model.onnx")), libraries ?? import("./libraries.js"),
+    json("model.json"), json("tokenizer.json"), fetched(part("model.onnx.gz")), withProgram(libraries),
   ]);
   try {
     return await create({ config, tokenizer, graph }, known);
   } catch (error) {
-    throw new Error(`${part("model.onnx")} cannot be used: ${error.message ?? error}`);
+    throw new Error(`${part("model.onnx.gz")} cannot be used: ${error.message ?? error}`);
   }
 }
 
+async function withProgram(libraries) {
+  const known = libraries ?? await import("./libraries.js");
+  if (known.wasm) known.ort.env.wasm.wasmBinary ??= await fetched(known.wasm);
+  return known;
+}
+
 async function fetched(address) {
-  if (address.protocol === "file:") return (await import("node:fs/promises")).readFile(address);  // Node.js
+  if (address.protocol === "file:") {  // Node.js
+    return unpacked(await (await import("node:fs/promises")).readFile(address), address);
+  }
   let answer;
   try {
     answer = await fetch(address);
-    if (answer.ok) return await answer.arrayBuffer();
+    if (answer.ok) return await unpacked(new Uint8Array(await answer.arrayBuffer()), address);
   } catch (error) {
     throw new Error(`${address} cannot be loaded: ${error.message}`);
   }
   throw new Error(`${address} cannot be loaded: ${answer.status} ${answer.statusText}`);
 }
 
-/** The same from what is there already: the JSON of model.json and tokenizer.json, the bytes of model.onnx. */
+/** Bytes as they were before gzip, if they are packed: some servers unpack such files on their way. */
+async function unpacked(bytes, name) {
+  if (bytes[0] !== 0x1f || bytes[1] !== 0x8b) return bytes;
+  try {
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  } catch (error) {
+    throw new Error(`${name} cannot be unpacked: ${error.message}`);
+  }
+}
+
+/** The same from what is there: the JSON of model.json and tokenizer.json, the bytes of model.onnx, packed or not. */
 export async function create({ config, tokenizer, graph }, { ort, Tokenizer }) {
   // A step is too short to share, and threads want headers that a plain server does not send.
   ort.env.wasm.numThreads = 1;
-  const session = await ort.InferenceSession.create(new Uint8Array(graph), { executionProviders: ["wasm"] });
+  graph = await unpacked(new Uint8Array(graph), "the graph");
+  const session = await ort.InferenceSession.create(graph, { executionProviders: ["wasm"] });
   // An "<eos>" that somebody types is text and not the token.
   return new Model(config, new Tokenizer({ ...tokenizer, added_tokens: [] }, {}), session, ort.Tensor);
 }
