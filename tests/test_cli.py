@@ -346,7 +346,7 @@ def test_the_same_search_or_seed_gives_the_same_text(works, tiny_run, args):
     (["good.txt", "--cache", "--cache-window", "9" * 25], "'--cache-window'"),
     (["good.txt", "--keystrokes", "--max-lines", "9" * 25], "'--max-lines'"),
     (["good.txt", "--dynamic", "--dynamic-lr", "-1"], "--dynamic-lr -1.0"),
-    (["good.txt", "--dynamic", "--stats-from", "missing.txt"], "missing.txt: No such file"),
+    (["good.txt", "--dynamic", "--stats-from", "missing.txt"], "missing.txt: there is no such file"),
     (["good.txt", "--device", "tpu"], "--device tpu"),
     ([], "Missing argument"),
 ])  # fmt: skip
@@ -723,7 +723,7 @@ def test_info(works, tiny_run):
 
 def test_recipe(works):
     listed = works("recipe").out.splitlines()
-    assert [line.split()[0] for line in listed] == recipe_names()
+    assert [line.split()[0] for line in listed] == ["default", *recipe_names()]
     assert all(len(line.split()) > 3 for line in listed)
     shown = tomllib.loads(works("recipe", "isizulu-cpu", "optim.lr=0.125").out)
     assert shown["optim"]["lr"] == 0.125

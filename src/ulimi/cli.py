@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import ulimi
-from ulimi.errors import UlimiError
+from ulimi.errors import UlimiError, install
 
 if TYPE_CHECKING:
     from ulimi.data import EncodedText
@@ -187,7 +187,7 @@ def train(
     from ulimi.train import train as run_training
 
     if tensorboard and find_spec("tensorboard") is None:
-        raise UlimiError("--tensorboard needs the tensorboard package: pip install 'ulimi[all]'")
+        raise UlimiError(f"--tensorboard needs the tensorboard package: {install('all')}")
     if new_tokenizer and init_from is None:
         raise UlimiError("--new-tokenizer goes with --init-from; a run from scratch trains its own tokenizer anyway")
     if resume and init_from is not None:
@@ -400,8 +400,9 @@ def evaluate(
         return
     scorer: Scorer
     if cache or dynamic:
-        run.networks("--dynamic" if dynamic else "--cache")  # whoever has none needs no PyTorch either
-        _need_extra("train")
+        asked = "--dynamic" if dynamic else "--cache"
+        run.networks(asked)  # whoever has none needs no PyTorch either
+        _need_extra("train", asked)
         from ulimi.adapt import Cache, Dynamic
         from ulimi.cpu import keep_freed_memory
 
@@ -1148,6 +1149,7 @@ def recipe(
     from ulimi.recipe import explain, load_recipe, recipe_headline, recipe_names
 
     if name is None:
+        typer.echo(f"{'default':<16} What a training takes that names no recipe: every setting at its default.")
         for known in recipe_names():
             typer.echo(f"{known:<16} {recipe_headline(known)}")
         return
@@ -1242,10 +1244,10 @@ def _is_of_another_text(work_dir: Path, corpus: Path) -> bool:
         return False
 
 
-def _need_extra(extra: str) -> None:
+def _need_extra(extra: str, asked: str = "this command") -> None:
     for module in EXTRAS[extra]:
         if find_spec(module) is None:
-            raise UlimiError(f"this command needs {module}: pip install 'ulimi[{extra}]'")
+            raise UlimiError(f"{asked} needs {module}: {install(extra)}")
 
 
 @contextmanager

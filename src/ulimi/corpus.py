@@ -108,7 +108,7 @@ def read_lines(path: Path | str | BinaryIO) -> Iterator[str]:
         try:
             file = path.open("rb")
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         with file:
             yield from _decode(_decompress(file, path.suffix.lower()), str(path))
     else:
@@ -161,10 +161,11 @@ def _decode(stream: BinaryIO, name: str) -> Iterator[str]:
             "the file may be damaged or cut off, or its name ends in .gz or .zst by mistake"
         ) from error
     except OSError as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
 
 
-def _unreadable(name: Path | str, error: OSError) -> UlimiError:
+def unreadable(name: Path | str, error: OSError) -> UlimiError:
+    """Say in one line why a text cannot be read."""
     match error:
         case FileNotFoundError():
             return UlimiError(f"{name}: there is no such file")
@@ -285,7 +286,7 @@ def open_corpus(path: Path, work_dir: Path) -> Corpus:
     except FileNotFoundError as error:
         raise UlimiError(f"{path}: there is no such file or folder") from error
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if stat.S_ISDIR(mode):
         return _open_folder(path)
     if not stat.S_ISREG(mode):
@@ -297,7 +298,7 @@ def _open_folder(folder: Path) -> Corpus:
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
     found: dict[str, Path] = {}
     for part in ("train", "valid", "test"):
         candidates = [part + suffix for suffix in _SUFFIXES if part + suffix in names]
@@ -389,7 +390,7 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _sha256_of_parts(folder: Path) -> dict[str, str]:
@@ -404,7 +405,7 @@ def _read_manifest(work_dir: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     ours = isinstance(manifest, dict) and manifest.keys() >= {"version", "source", "files", "report"}
     return manifest if ours else None
 

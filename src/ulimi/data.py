@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ulimi.corpus import TextStats, count_stats, read_lines
+from ulimi.corpus import TextStats, count_stats, read_lines, unreadable
 from ulimi.errors import UlimiError
 from ulimi.files import atomic_path, write_json
 from ulimi.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def encode_file(path: Path, tokenizer: Tokenizer, cache_dir: Path | None = None)
         with path.open("rb") as file:
             content.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
-        raise UlimiError(f"{path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
     digest = content.hexdigest()[:32]
     ids_path, info_path = cache_dir / f"{digest}.ids", cache_dir / f"{digest}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged

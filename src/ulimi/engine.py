@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulimi.distribution import log_probs, smoothed_nats
-from ulimi.errors import UlimiError
+from ulimi.errors import UlimiError, install
 from ulimi.files import atomic_path
 from ulimi.ngram import NgramEngine, read_ngrams
 from ulimi.run import MEMBERS, MIXTURE, NGRAM, NGRAMS, ONNX, WEIGHTS, Run
@@ -584,10 +584,10 @@ def load_engine(run: Run, device: str = "auto", *, kind: str = "auto", exact: bo
     if not has_torch:
         if kind == "torch" or device not in ("auto", "cpu"):
             asked = "--engine torch" if kind == "torch" else f"--device {device}"
-            raise UlimiError(f"{asked} needs PyTorch and what comes with it: pip install 'ulimi[train]'")
+            raise UlimiError(f"{asked} needs PyTorch and what comes with it: {install('train')}")
         raise UlimiError(
             f"{run.dir} holds no {ONNX} of its weights; {run.export_advice}, or "
-            "pip install 'ulimi[train]' brings PyTorch"
+            f"{install('train')}, which brings PyTorch"
         )
     return TorchEngine(load_model(run, choose_device(device)), run.alpha)
 

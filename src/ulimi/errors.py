@@ -16,3 +16,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Say which known name a mistyped one comes closest to, as a clause to append, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def install(extra: str) -> str:
+    """Say how one of the package's extras is installed."""
+    return f"pip install 'ulimi[{extra}]', or '.[{extra}]' in a checkout"

@@ -26,7 +26,7 @@ from ulimi.cuda import GraphedStep, Step, has_cudnn, product_precision
 from ulimi.data import Ids, Windows, encode_file, make_streams, validation_rows
 from ulimi.distill import Lessons, Teacher, describe_teacher, load_teacher
 from ulimi.engine import EVALUATION_WINDOW, TorchEngine, choose_device, load_model, write_tensors
-from ulimi.errors import UlimiError
+from ulimi.errors import UlimiError, install
 from ulimi.export import describe_export, export_onnx
 from ulimi.files import atomic_path, write_json, write_text
 from ulimi.info import model_card
@@ -40,6 +40,7 @@ from ulimi.recipe import Recipe, build_recipe
 from ulimi.run import AWD_LSTM, CHECKPOINT, ONNX, SOURCE_CARD, WEIGHTS, Run, open_run
 from ulimi.score import Score, score_stream
 from ulimi.start import (
+    RESUMABLE_CHANGES,
     adopt_weights,
     check_processes,
     choose_precision,
@@ -331,7 +332,12 @@ class Trainer:
 
     def run(self, checkpoint_minutes: float, tensorboard: bool, should_stop: Callable[[], bool]) -> dict[str, Any]:
         """Train until the recipe says that it is enough; then score the best weights on one stream."""
-        if self.teacher is not None and not self.finished():
+        if self.finished():
+            num = self.progress.epoch
+            self.reporter.note(
+                f"finished, {num} epoch{'s' * (num != 1)} done; a larger {' or '.join(RESUMABLE_CHANGES)} lets it go on"
+            )
+        elif self.teacher is not None:
             self.lessons = self._hear(self.teacher, should_stop)
             self.teacher = None  # it may be large
         writer = _open_tensorboard(self.run_dir / "tensorboard") if tensorboard else None
@@ -733,5 +739,5 @@ def _open_tensorboard(log_dir: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UlimiError("--tensorboard needs the tensorboard package: pip install 'ulimi[all]'") from None
+        raise UlimiError(f"--tensorboard needs the tensorboard package: {install('all')}") from None
     return SummaryWriter(log_dir)
