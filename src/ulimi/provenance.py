@@ -63,7 +63,7 @@ def describe_machine(threads: int = 1, device: str = "cpu") -> dict[str, Any]:
 
 
 def _processor(lines: Sequence[str]) -> str | None:
-    """The first processor of /proc/cpuinfo, with its numbers: on a rented machine the name may be that of its maker."""
+    """Name the first processor of /proc/cpuinfo, with its numbers: a rented machine may say no more than its maker."""
     pairs = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
     first = {key: value for key, value in reversed(pairs) if key in ("model name", "cpu family", "model")}
     if len(first) == 3 and all(first.values()):

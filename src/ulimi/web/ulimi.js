@@ -113,14 +113,15 @@ async function fetched(address) {
   if (address.protocol === "file:") {  // Node.js
     return unpacked(await (await import("node:fs/promises")).readFile(address), address);
   }
-  let answer;
+  let bytes;
   try {
-    answer = await fetch(address);
-    if (answer.ok) return await unpacked(new Uint8Array(await answer.arrayBuffer()), address);
+    const answer = await fetch(address);
+    if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
+    bytes = new Uint8Array(await answer.arrayBuffer());
   } catch (error) {
     throw new Error(`${address} cannot be loaded: ${error.message}`);
   }
-  throw new Error(`${address} cannot be loaded: ${answer.status} ${answer.statusText}`);
+  return unpacked(bytes, address);
 }
 
 /** Bytes as they were before gzip, if they are packed: some servers unpack such files on their way. */
