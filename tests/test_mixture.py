@@ -410,7 +410,7 @@ def test_the_engine_of_its_networks_can_be_chosen(works, refused, mixed_dir, cor
     (["--weight", "-1", "--weight", "2"], "--weight -1, 2: allowed"),
     (["--weight", "nan", "--weight", "0.5"], "--weight nan, 0.5: allowed"),
     (["--tune", "TRAIN"], "is the training text of"),
-    (["--tune", "none.txt"], "none.txt: No such file"),
+    (["--tune", "none.txt"], "none.txt: there is no such file"),
     (["--tune", "VALID", "--device", "gpu"], "--device gpu"),
 ])  # fmt: skip
 def test_mix_refuses_in_one_line(refused, tmp_path, monkeypatch, corpus_dir, tiny_run, ngram_dir, args, said):

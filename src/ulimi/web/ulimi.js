@@ -46,10 +46,12 @@ function logProbs(logits) {
     if (!(logit < Infinity)) throw new Error("the model's logits are not finite");
     if (logit > most) most = logit;
   }
-  const found = Float64Array.from(logits, (logit) => logit - most);
-  for (const shifted of found) sum += Math.exp(shifted);
+  // Loops: a function called for each of thousands of numbers takes several times as long.
+  const found = new Float64Array(logits.length);
+  for (let id = 0; id < logits.length; id++) sum += Math.exp(found[id] = logits[id] - most);
   const log = Math.log(sum);
-  return found.map((shifted) => shifted - log);
+  for (let id = 0; id < found.length; id++) found[id] -= log;
+  return found;
 }
 
 const massOf = (ids, logs) => ids.reduce((sum, id) => sum + Math.exp(logs[id]), 0);
@@ -567,13 +569,17 @@ function wordBegun(text) {
 
 /** Draw an index: temperature, then the nucleus (Holtzman et al. 2020). At temperature 0 the most probable. */
 function draw(logs, temperature, topP, chance) {
-  const top = logs.reduce((a, b) => Math.max(a, b));
+  let top = -Infinity, total = 0;
+  for (const log of logs) if (log > top) top = log;
   if (temperature === 0) return logs.indexOf(top);
-  const weights = logs.map((log) => Math.exp((log - top) / temperature));
-  const sorted = weights.slice().sort().reverse(), total = sorted.reduce((a, b) => a + b);
+  const weights = new Float64Array(logs.length);
+  for (let id = 0; id < logs.length; id++) total += weights[id] = Math.exp((logs[id] - top) / temperature);
+  // All that have no more than this hold together less than what is left out: only the others need to be sorted.
+  const least = 0.99 * (1 - topP) * total / logs.length, ids = [];
+  for (let id = 0; id < logs.length; id++) if (weights[id] > least) ids.push(id);
+  if (topP < 1) ids.sort((a, b) => weights[b] - weights[a] || a - b);
   let kept = 0, mass = 0;
-  while (kept < sorted.length && (kept === 0 || mass < topP * total)) mass += sorted[kept++];
-  const ids = bestFrom(sorted[kept - 1], [...weights.keys()], weights, kept);
+  while (kept < ids.length && (kept === 0 || mass < topP * total)) mass += weights[ids[kept++]];
   let left = chance() * mass, i = 0;
   while (i < kept - 1 && (left -= weights[ids[i]]) >= 0) i++;
   return ids[i];
