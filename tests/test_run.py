@@ -14,7 +14,6 @@ from matplotlib import pyplot as plt
 import ulimi
 from conftest import refusal
 from ulimi import provenance
-from ulimi.errors import install
 from ulimi.files import atomic_path, write_json, write_text
 from ulimi.info import BARS, curve, model_card, score_text, summary
 from ulimi.plot import plot_curve
@@ -460,7 +459,8 @@ def test_where_nothing_heavy_is_installed_commands_say_what_to_install(tiny_run,
     result = python(f"{WITHOUT_HEAVY}\nfrom ulimi.cli import main\nmain()", *args)
     assert result.returncode == 2
     asked = "--cache" if "--cache" in args else "this command"
-    assert result.stderr == f"ulimi: error: {asked} needs torch: {install('train')}\n"
+    advice = "pip install 'ulimi[train]', or '.[train]' in a checkout"
+    assert result.stderr == f"ulimi: error: {asked} needs torch: {advice}\n"
 
 
 def test_a_score_without_bounds_is_still_said():

@@ -343,15 +343,10 @@ def test_a_run_without_an_average_does_not_get_one_on_the_way(tmp_path, corpus):
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, corpus):
     score = train(corpus, tmp_path, tiny("optim.max_epochs=1"))
     before = contents(tmp_path)
-    notes: list[str] = []
-
-    class Notes(Silent):
-        def note(self, text):
-            notes.append(text)
-
-    assert train(corpus, tmp_path, tiny("optim.max_epochs=1"), resume=True, reporter=Notes()) == score
+    recorder = Recorder()
+    assert train(corpus, tmp_path, tiny("optim.max_epochs=1"), resume=True, reporter=recorder) == score
     assert contents(tmp_path) == before
-    assert notes[-2] == "finished, 1 epoch done; a larger optim.max_epochs or optim.patience lets it go on"
+    assert recorder.notes[-2] == "finished, 1 epoch done; a larger optim.max_epochs or optim.patience lets it go on"
 
 
 def test_a_run_cannot_be_made_shorter_than_it_is(tmp_path, corpus):

@@ -26,14 +26,20 @@ def log_probs(logits_BV: ArrayLike, alpha: float = 1.0) -> NDArray[np.float64]:
         alpha: 1 (softmax) to 2 (sparsemax).
     """
     x_BV = np.asarray(logits_BV, dtype=np.float64)
-    with np.errstate(over="ignore"):  # further away than a float64 reaches is -inf, which is right
-        shifted_BV = x_BV - x_BV.max(axis=-1, keepdims=True)
+    shifted_BV = shifted(x_BV)
     if alpha == 1:
         log_probs_BV: NDArray[np.float64] = shifted_BV - np.log(np.exp(shifted_BV).sum(axis=-1, keepdims=True))
         return log_probs_BV
     # Row by row: together, numpy would add up a row in another order for each batch that it is in.
     rows = [_log_entmax((alpha - 1) * row_V, 1 / (alpha - 1)) for row_V in shifted_BV.reshape(-1, x_BV.shape[-1])]
     return np.stack(rows).reshape(x_BV.shape)
+
+
+def shifted(logits_BV: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shift each row so that its maximum is 0; no exponential of it then overflows."""
+    with np.errstate(over="ignore"):  # further away than a float64 reaches is -inf, which is right
+        shifted_BV: NDArray[np.float64] = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+    return shifted_BV
 
 
 class Softmax:
@@ -44,8 +50,7 @@ class Softmax:
     """
 
     def __init__(self, logits_V: NDArray[np.float64]) -> None:
-        with np.errstate(over="ignore"):  # further away than a float64 reaches is -inf, which is right
-            self.shifted_V: NDArray[np.float64] = logits_V - logits_V.max()
+        self.shifted_V = shifted(logits_V)
         self.mass_V: NDArray[np.float64] = np.exp(self.shifted_V)
         self.total: np.float64 = self.mass_V.sum()
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ulimi.distribution import Softmax, log_probs
+from ulimi.distribution import Softmax, log_probs, shifted
 from ulimi.errors import UlimiError
 
 BLOCK = 64
@@ -236,13 +236,6 @@ def _among_best(x_BV: NDArray[np.float64], num: int) -> NDArray[np.bool_]:
     return among_BV
 
 
-def _shifted(x_BV: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shift each row so that its maximum is 0; no exponential of it then overflows."""
-    with np.errstate(over="ignore"):  # further away than a float64 reaches is -inf, which is right
-        shifted_BV: NDArray[np.float64] = x_BV - x_BV.max(axis=-1, keepdims=True)
-    return shifted_BV
-
-
 def _candidates(
     x_V: NDArray[np.float64], sampling: Sampling, softmax: Softmax | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -252,13 +245,13 @@ def _candidates(
     """
     if sampling.temperature == 0:
         return np.array([x_V.argmax()]), np.zeros(1)
-    kept_K = _shifted(x_V) if softmax is None else softmax.shifted_V
+    kept_K = shifted(x_V) if softmax is None else softmax.shifted_V
     if sampling.temperature != 1:
         # After the shift, a tiny temperature sends all but the best tokens to -inf and never overflows upwards.
         with np.errstate(over="ignore"):
             kept_K = kept_K / sampling.temperature
     if sampling.alpha != 1:
-        kept_K = _shifted(log_probs(kept_K[None], sampling.alpha)[0])
+        kept_K = shifted(log_probs(kept_K[None], sampling.alpha)[0])
     # The filters keep the order; ranking what the model gave, rather than its quotients, rounds nothing into ties.
     ids_K, x_K = np.arange(len(x_V)), x_V
     if 0 < sampling.top_k < len(x_V):
@@ -273,7 +266,7 @@ def _candidates(
         ids_K, x_K, kept_K = ids_K[near_K], x_K[near_K], kept_K[near_K]
     if sampling.typical < 1:
         places = _typical(x_K, kept_K, sampling.typical)
-        ids_K, kept_K = ids_K[places], _shifted(kept_K[places])  # the best may be the least typical of all
+        ids_K, kept_K = ids_K[places], shifted(kept_K[places])  # the best may be the least typical of all
     return ids_K, kept_K
 
 
